@@ -1,0 +1,129 @@
+"""Phase 2: one forward and one backward pass over the calibration set.
+
+Paper: Sec. III-B, Alg. 1 lines 9-12, Eq. (11).  In: RUN/calib.pt.
+Out: RUN/grads/{embed,block_NN,final}.pt, each with a unit's inputs (the conditioning vector among
+them) and dL/d(outputs). Every layer's output and gradient inside a unit follow from these in
+Phase 3, so nothing is stored per layer. The device holds one unit and one batch at a time, the
+host one unit's rows; disk: 8 bytes x n G x tokens x width x depth (21 GB for DiT-XL/2).
+
+    python 02_grad_cache.py --run runs/xl
+"""
+
+from itertools import pairwise
+
+import torch
+from tqdm import tqdm
+
+from models_dit import (
+    Diffusion, InputError, Parser, Parts, already_made, draw_noise, explicit_products, header,
+    image_generators, load_calib, load_calibrated, pick_device, run_script, sha256_of, units,
+    write_atomic,
+)
+
+STREAM = 2  # of random numbers, for --eps renoise
+
+
+def parse_args():
+    p = Parser(__doc__)
+    choices = ("implied", "renoise")
+    p.paper.add_argument("--eps", choices=choices, default="implied", help="eps of Eq. (11), D2")
+    p.machine.add_argument("--batch-size", type=int, default=32, help="calibration rows at a time")
+    return p.parse_args()
+
+
+def noise_and_inputs(rows, diffusion, kind, seed):
+    """The eps of Eq. (11) and the x_t it was added to (D2), both (R, C, H, W)."""
+    if kind == "implied":
+        return diffusion.implied_eps(rows["x"], rows["x_0"], rows["t"]), rows["x"]
+    generators = image_generators(seed, range(len(rows["t"])), STREAM)
+    eps = draw_noise(generators, rows["x"].shape[1:], "cpu")
+    return eps, diffusion.q_sample(rows["x_0"], rows["t"], eps)
+
+
+def in_batches(function, rows, args):
+    """function(*batch) over batches of the rows; results joined on the host, a list of tensors."""
+    batches = zip(*(column.split(args.batch_size) for column in rows), strict=True)
+    results = [function(*(x.to(args.device) for x in batch)) for batch in batches]
+    return [torch.cat([x.cpu() for x in column]) for column in zip(*results, strict=True)]
+
+
+def forward_pass(chain, inputs, parts, args):
+    """Alg. 1 line 11: the inputs of every unit, one unit after the other, kept in `parts`."""
+    names = list(chain)
+    parts.save(f"in_{names[0]}", inputs)
+    for name, following in pairwise(tqdm(names, desc="02 forward", unit="unit")):
+        if not parts.has(f"in_{following}"):
+            inputs = parts.load(f"in_{name}")
+            with torch.no_grad():
+                outputs = in_batches(chain[name][0], inputs, args)
+            c = outputs[1] if name == "embed" else inputs[1]
+            parts.save(f"in_{following}", [outputs[0], c])
+
+
+def loss_gradient(model, out, eps):
+    """dL/d(final layer's output), Eq. (11): L = ||eps - eps_theta||^2 for each row on its own."""
+    out = out.detach().requires_grad_()
+    eps_theta = model.unpatchify(out)[:, : model.in_channels]
+    return torch.autograd.grad(((eps - eps_theta) ** 2).sum(), out)[0]
+
+
+def unit_gradient(function, x, c, grad):
+    """dL/dx and dL/dc of a block or of the final layer, from dL/d(output)."""
+    x, c = x.requires_grad_(), c.requires_grad_()
+    return torch.autograd.grad(function(x, c)[0], (x, c), grad)
+
+
+def start_backward(model, chain, eps, parts, args):
+    """Hand dL/d(output) to the final layer; dL/dc is summed up from zero."""
+    x, c = parts.load("in_final")
+    run = lambda x, c, eps: [loss_gradient(model, chain["final"][0](x, c)[0], eps)]  # noqa: E731
+    parts.save("grad_final", in_batches(run, [x, c, eps], args) + [torch.zeros_like(c)])
+
+
+def backward_pass(chain, parts, head, args):
+    """Alg. 1 line 12: write the file of every unit, the last first; each hands its gradient on."""
+    names = list(chain)
+    before = dict(zip(names[1:], names, strict=False))
+    for name in tqdm(names[::-1], desc="02 backward", unit="unit"):
+        if name in before and parts.has(f"grad_{before[name]}"):
+            continue  # done before the run was killed
+        inputs, (grad, grad_c) = parts.load(f"in_{name}"), parts.load(f"grad_{name}")
+        unit = dict(unit=name, unit_inputs=inputs, unit_grads=[grad])
+        if name == "embed":
+            unit["unit_grads"] = [grad, grad_c]
+        path = args.run / "grads" / f"{name}.pt"
+        write_atomic(path, lambda file, unit=unit: torch.save(head | unit, file))
+        if name in before:
+            run = lambda x, c, g, name=name: unit_gradient(chain[name][0], x, c, g)  # noqa: E731
+            grad, own = in_batches(run, [*inputs, grad], args)
+            parts.save(f"grad_{before[name]}", [grad, grad_c + own])
+            parts.remove(f"in_{name}")
+
+
+def main(args):
+    device = pick_device(args.device)
+    if args.batch_size < 1:
+        raise InputError("--batch-size must be at least 1")
+    calib = load_calib(args.run)
+    settings = dict(eps=args.eps, batch_size=args.batch_size)
+    head = header("grads", settings, {"calib": sha256_of(args.run / "calib.pt")}, device)
+    last = args.run / "grads" / "embed.pt"  # written last: its presence says that all are there
+    if already_made(last, head, args.force):
+        return
+    last.unlink(missing_ok=True)
+    model = explicit_products(load_calibrated(calib)).to(device)
+    chain, rows, parts = units(model), calib["calibration"], Parts(args.run / "grads", head)
+    diffusion = Diffusion(calib["settings"]["steps"])
+    eps, x_t = noise_and_inputs(rows, diffusion, args.eps, calib["settings"]["seed"])
+    if not parts.has("grad_final"):
+        forward_pass(chain, [x_t, diffusion.timestep_map[rows["t"]], rows["y"]], parts, args)
+        start_backward(model, chain, eps, parts, args)
+    backward_pass(chain, parts, head, args)
+    parts.clear()
+    size = sum(file.stat().st_size for file in last.parent.glob("*.pt")) / 2**20
+    print(f"wrote {len(chain)} files in {last.parent}, {size:.0f} MiB")
+    print(f"Next: python 03_quantize.py --run {args.run} --wbits 8 --abits 8")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

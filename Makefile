@@ -1,0 +1,32 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY = .venv/bin/python
+RUN ?= runs/demo
+DEMO = --ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --steps 50
+SCORE = --reference demo/reference_mnist.npz --features demo/features_mnist.pt
+IMAGES ?= 200
+
+.PHONY: demo test lint clean
+
+demo: .venv/done  ## the five phases on the demo DiT: FP, W8A8, W6A6
+	$(PY) 01_collect_calib.py --run $(RUN) $(DEMO)
+	$(PY) 02_grad_cache.py --run $(RUN)
+	$(PY) 03_quantize.py --run $(RUN) --wbits 8 --abits 8 --rows 40
+	$(PY) 03_quantize.py --run $(RUN) --wbits 6 --abits 6 --rows 40
+	$(PY) 04_sample.py --run $(RUN) --fp --num-images $(IMAGES)
+	$(PY) 04_sample.py --run $(RUN) --wbits 8 --abits 8 --num-images $(IMAGES)
+	$(PY) 04_sample.py --run $(RUN) --wbits 6 --abits 6 --num-images $(IMAGES)
+	$(PY) 05_eval_fid.py --run $(RUN) $(SCORE)
+
+test: .venv/done  ## every test, on the CPU
+	$(PY) -m pytest -q
+
+lint: .venv/done
+	.venv/bin/ruff check .
+
+.venv/done: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	touch $@
+
+clean:  ## the virtual environment and the demo's run
+	rm -rf .venv runs/demo
