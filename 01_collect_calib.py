@@ -78,7 +78,7 @@ def draw_labels(rng, count, num_classes):
 
 
 @torch.no_grad()
-def collect(model, diffusion, args, first, y, rows):
+def collect(model, diffusion, args, first, y, rows, bar):
     """Alg. 1 lines 4-5 for the trajectories first, first + 1, ...: x_t and x_0 of the kept rows."""
     mine = (rows["trajectory"] >= first) & (rows["trajectory"] < first + len(y))
     mine = mine.nonzero()[:, 0]
@@ -86,7 +86,9 @@ def collect(model, diffusion, args, first, y, rows):
     generators = image_generators(args.seed, range(first, first + len(y)), STREAM)
     x = torch.empty(len(mine), model.in_channels, model.input_size, model.input_size)
     for t, x_t in trajectory(model, diffusion, y, generators, args.cfg_scale, args.cfg_channels):
-        x[row_t == t] = x_t.cpu()[index[row_t == t]]
+        if (row_t == t).any():
+            x[row_t == t] = x_t.cpu()[index[row_t == t]]
+        bar.update()
     return dict(mine=mine, x=x, x_0=x_t.cpu()[index])
 
 
@@ -96,11 +98,12 @@ def collect_all(model, args, labels, rows, parts):
     shape = (len(rows["t"]), model.in_channels, model.input_size, model.input_size)
     rows["x"], rows["x_0"] = torch.empty(shape), torch.empty(shape)
     batches = labels.split(args.batch_size)
-    for i, y in enumerate(tqdm(batches, desc="01 trajectories", unit="batch")):
-        name = f"{i}_of_{len(batches)}"
-        if not parts.has(name):
-            parts.save(name, collect(model, diffusion, args, i * args.batch_size, y, rows))
-        part = parts.load(name)
+    todo = [i for i in range(len(batches)) if not parts.has(i)]
+    with tqdm(total=len(todo) * (args.steps + 1), desc="01 trajectories", unit="step") as bar:
+        for i in todo:
+            part = collect(model, diffusion, args, i * args.batch_size, batches[i], rows, bar)
+            parts.save(i, part)
+    for part in map(parts.load, range(len(batches))):
         rows["x"][part["mine"]], rows["x_0"][part["mine"]] = part["x"], part["x_0"]
     if not (rows["x"].isfinite().all() and rows["x_0"].isfinite().all()):
         raise InputError("sampling gave NaN or infinity: is the checkpoint whole?")

@@ -107,12 +107,12 @@ def patch_dead(chunks, groups):
     """Where the loss has no gradient, an output channel or a whole time group falls back to plain
     squared error (Deviation D2), weighted like the rest of the layer. Returns new chunks."""
     grads = torch.cat([grad for grad, *_ in chunks])
-    size, rms = grads.abs(), grads.square().mean().sqrt()
-    live = torch.zeros(int(groups.max()) + 1)
-    live = live.index_reduce(0, groups, size.flatten(1).amax(1), "amax")
-    dead_row = (live <= 1e-4 * size.max())[groups].view(-1, *[1] * (grads.ndim - 1))
+    size = grads.abs()
+    largest = torch.stack([size[groups == i].max() for i in range(int(groups.max()) + 1)])
+    dead_row = (largest <= 1e-4 * size.max())[groups].view(-1, *[1] * (grads.ndim - 1))
     dead = dead_row | (size.flatten(0, -2).amax(0) == 0)
-    grads = torch.where(dead, rms if rms > 0 else torch.ones(()), grads)
+    rms = torch.ones(()) if dead.all() else grads[~dead.expand_as(grads)].square().mean().sqrt()
+    grads = torch.where(dead, rms, grads)
     parts = grads.split(len(chunks[0][0]))
     return [[grad, *rest] for grad, (_, *rest) in zip(parts, chunks, strict=True)]
 
@@ -143,10 +143,10 @@ def value_range(tensors, args):
 
 def group_range(tensors, groups, args):
     """Range of the rows of every time group, (G,) each."""
-    rows = torch.cat([torch.stack(x.flatten(1).aminmax(dim=1)) for x in tensors], dim=1)  # (2, R)
-    start = torch.zeros(int(groups.max()) + 1)
-    low, high = (start.index_reduce(0, groups, rows[i], ("amin", "amax")[i]) for i in (0, 1))
-    return low.to(args.device), high.to(args.device)
+    low, high = torch.cat([torch.stack(x.flatten(1).aminmax(dim=1)) for x in tensors], dim=1)
+    mine = [groups == i for i in range(int(groups.max()) + 1)]
+    ends = [low[rows].min() for rows in mine], [high[rows].max() for rows in mine]
+    return [torch.stack(end).to(args.device) for end in ends]
 
 
 def quantize_linear(layer, chunks, post_gelu, args):

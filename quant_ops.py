@@ -42,7 +42,7 @@ def qparams_from_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Te
 
 def quantize(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Codes 0..2^k - 1, as floats.  # Eq. (5): clip(round(x / s) + z, 0, 2^k - 1)"""
-    return (torch.round(x / step) + zero).clamp(0, 2**bits - 1)
+    return (x / step).round_().add_(zero).clamp_(0, 2**bits - 1)
 
 
 def dequantize(codes: Tensor, step: Tensor, zero: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def dequantize(codes: Tensor, step: Tensor, zero: Tensor) -> Tensor:
 
 def fake_quant(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
     """x rounded to its grid, Eq. (5): |error| <= step / 2 inside the range; 0 stays 0."""
-    return dequantize(quantize(x, step, zero, bits), step, zero)
+    return quantize(x, step, zero, bits).sub_(zero).mul_(step)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -67,15 +67,15 @@ def _softmax_regions(x: Tensor, step1: Tensor, bits: int) -> tuple[Tensor, Tenso
     """
     levels, step2 = 2 ** (bits - 1), 2.0 ** (1 - bits)
     border = torch.clamp((levels - 0.5) * step1, min=step2 / 2)
-    low = torch.round(x / step1).clamp(max=levels - 1)
-    high = torch.round(x / step2).clamp(1, levels)
+    low = (x / step1).round_().clamp_(max=levels - 1)
+    high = (x / step2).round_().clamp_(1, levels)
     return low, high, x >= border
 
 
 def mrq_softmax(x: Tensor, step1: Tensor, bits: int) -> Tensor:
     """x in [0, 1] on the two-region grid of softmax outputs; 0.0 and 1.0 stay exact."""
     low, high, upper = _softmax_regions(x, step1, bits)
-    return torch.where(upper, high * 2.0 ** (1 - bits), low * step1)
+    return torch.where(upper, high.mul_(2.0 ** (1 - bits)), low.mul_(step1))
 
 
 def mrq_softmax_codes(x: Tensor, step1: Tensor, bits: int) -> Tensor:
@@ -90,19 +90,25 @@ def mrq_softmax_values(codes: Tensor, step1: Tensor, bits: int) -> Tensor:
     return torch.where(codes >= half, (codes + 1 - half) / half, codes * step1)
 
 
+def _gelu_regions(x: Tensor, step1: Tensor, step2: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Level in R1 and level in R2. Each is 0 in the other's region, so adding them chooses."""
+    half = 2 ** (bits - 1)
+    return (x / step1).round_().clamp_(-half, 0), (x / step2).round_().clamp_(0, half - 1)
+
+
 def mrq_gelu(x: Tensor, step1: Tensor, step2: Tensor, bits: int) -> Tensor:
     """x on the two-region grid of GELU outputs: step1 below zero, step2 above; 0 stays 0.
 
-    R1 holds the levels -2^(k-1)..-1 and R2 holds 0..2^(k-1) - 1: signed k-bit codes (D8, D9).
+    R1 holds the levels -2^(k-1)..-1 and R2 holds 0..2^(k-1) - 1 (D8, D9).
     """
-    step = torch.where(x < 0, step1, step2)
-    return mrq_gelu_codes(x, step1, step2, bits) * step
+    low, high = _gelu_regions(x, step1, step2, bits)
+    return low.mul_(step1).add_(high.mul_(step2))
 
 
 def mrq_gelu_codes(x: Tensor, step1: Tensor, step2: Tensor, bits: int) -> Tensor:
     """Signed k-bit codes of `mrq_gelu`, as floats; their sign names the region."""
-    half = 2 ** (bits - 1)
-    return torch.round(x / torch.where(x < 0, step1, step2)).clamp(-half, half - 1)
+    low, high = _gelu_regions(x, step1, step2, bits)
+    return low.add_(high)
 
 
 # ------------------------------------------------------------------------------------------------

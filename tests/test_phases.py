@@ -1,0 +1,323 @@
+"""Phases 1 to 3 from the inside, against plain loops and plain autograd."""
+
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script
+
+import models_dit as m
+import quant_ops as q
+
+PHASE1, PHASE2, PHASE3 = map(load_script, ("01_collect_calib", "02_grad_cache", "03_quantize"))
+OPTIONS = dict(
+    wbits=4, abits=5, metric="hessian", mrq=True, tgq=True, rounds=2, layers="released",
+    weight_granularity="channel", rows=None, batch_size=3, device="cpu",
+)  # fmt: skip
+
+
+def options(**changes):
+    return Namespace(**OPTIONS | changes)
+
+
+# ------------------------------------------------------------------------------------------------
+# Phase 1
+
+
+def draw(steps=20, groups=4, per_group=6, cfg_scale=1.5):
+    args = Namespace(steps=steps, groups=groups, cfg_scale=cfg_scale)
+    rng, labels = np.random.default_rng(0), torch.arange(8) % 5
+    return PHASE1.draw_rows(rng, args, np.arange(8), per_group, labels, null_label=5)
+
+
+def test_draw_rows_takes_n_distinct_tuples_from_every_group():
+    """Eq. (10): n per group, each (trajectory, t) once, each t inside its group of Eq. (9)."""
+    rows = draw()
+    assert rows["group"].bincount().tolist() == [6, 6, 6, 6]
+    assert len(set(zip(rows["trajectory"].tolist(), rows["t"].tolist(), strict=True))) == 24
+    assert (rows["t"] // 5 == rows["group"]).all()
+
+
+def test_draw_rows_gives_half_of_each_group_the_null_label():
+    """D3: with guidance the network is asked under both labels; without it, never under null."""
+    rows = draw()
+    for i in range(4):
+        assert (rows["y"][rows["group"] == i] == 5).sum() == 3
+    kept = rows["y"] != 5
+    assert (rows["y"][kept] == rows["trajectory"][kept] % 5).all()
+    assert (draw(cfg_scale=1)["y"] != 5).all()
+
+
+def test_collected_rows_lie_on_the_sampler_s_trajectory(tiny_run):
+    """x_t and x_0 of a row are those of its trajectory, sampled again here."""
+    calib = m.load_calib(tiny_run)
+    s, rows = calib["settings"], calib["calibration"]
+    model = m.load_calibrated(calib)
+    pick = int(rows["trajectory"][0])
+    labels = rows["y"][(rows["trajectory"] == pick) & (rows["y"] < model.num_classes)]
+    if not len(labels):
+        pytest.skip("the trajectory kept null-label rows only")
+    generators = m.image_generators(s["seed"], [pick], PHASE1.STREAM)
+    with torch.no_grad():
+        steps = m.trajectory(model, m.Diffusion(s["steps"]), labels[:1], generators, s["cfg_scale"])
+        path = dict(steps)
+    for i in (rows["trajectory"] == pick).nonzero()[:, 0]:
+        expected = path[int(rows["t"][i])][0]
+        torch.testing.assert_close(rows["x"][i], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(rows["x_0"][i], path[-1][0], rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Phase 2 and the unit-local passes of Phase 3
+
+
+def whole_network_gradients(model, names, calib):
+    """dL/d(output) of the named layers by autograd through the whole network, Eq. (11)."""
+    zeros, handles = {}, []
+
+    def hook_for(name):
+        def hook(module, inputs, output):
+            zeros[name] = torch.zeros_like(output, requires_grad=True)
+            return output + zeros[name]
+
+        return hook
+
+    for name in names:
+        handles.append(model.get_submodule(name).register_forward_hook(hook_for(name)))
+    rows, diffusion = calib["calibration"], m.Diffusion(calib["settings"]["steps"])
+    t = rows["t"]
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    abar = abar[diffusion.timestep_map[t]].float()[:, None, None, None]
+    eps = (rows["x"] - abar.sqrt() * rows["x_0"]) / (1 - abar).sqrt()
+    out = model(rows["x"], diffusion.timestep_map[t], rows["y"])
+    loss = (eps - out[:, : model.in_channels]).square().sum()
+    grads = torch.autograd.grad(loss, [zeros[name] for name in names])
+    for handle in handles:
+        handle.remove()
+    return dict(zip(names, grads, strict=True))
+
+
+def test_unit_local_gradients_equal_autograd_of_the_whole_network(tiny_run):
+    """Alg. 1 line 12: what Phase 3 recomputes inside a unit is dL/d(output) of every layer."""
+    calib, args = m.load_calib(tiny_run), options(run=tiny_run)
+    model = m.explicit_products(m.load_calibrated(calib))
+    chain = m.units(model)
+    kinds = {name: name.split("_")[0] for name in chain}
+    layers = {
+        chain[name][1] + child: name
+        for name, kind in kinds.items()
+        for child in PHASE3.RELEASED[kind] + PHASE3.EXTRA[kind]
+    }
+    expected = whole_network_gradients(model, list(layers), calib)
+    assert len(layers) == 3 + 7 * len(model.blocks) + 2
+    for layer, unit in layers.items():
+        inputs, grads, groups = PHASE3.load_unit(unit, calib, args)
+        module = model.get_submodule(layer)
+        chunks = PHASE3.capture(chain[unit][0], module, inputs, grads, groups, args)
+        found = torch.cat([chunk[0] for chunk in chunks])
+        assert expected[layer].norm() > 0
+        assert (found - expected[layer]).norm() <= 1e-4 * expected[layer].norm(), layer
+
+
+def test_load_unit_takes_a_stratified_subset(tiny_run):
+    """--rows: equally many of every group, and the rows asked for."""
+    calib = m.load_calib(tiny_run)
+    groups = calib["settings"]["groups"]
+    inputs, grads, group = PHASE3.load_unit("final", calib, options(run=tiny_run, rows=2 * groups))
+    assert group.bincount().tolist() == [2] * groups
+    assert all(len(x) == 2 * groups for x in (*inputs, *grads))
+
+
+def test_patch_dead_gives_plain_squared_error_where_there_is_no_gradient():
+    """D2: a channel or a time group without gradient gets the layer's mean weight; no other."""
+    grad = torch.randn(6, 4, 3)
+    grad[4:] = 1e-7 * torch.randn(2, 4, 3)
+    grad[:, :, 1] = 0
+    rms = grad[:4][..., [0, 2]].square().mean().sqrt()
+    groups = torch.tensor([0, 0, 1, 1, 2, 2])
+    chunks = [[g, None] for g in grad.split(4)]
+    found = torch.cat([chunk[0] for chunk in PHASE3.patch_dead(chunks, groups)])
+    assert (found[:, :, 1] == rms).all() and (found[4:] == rms).all()
+    assert torch.equal(found[:4][..., [0, 2]], grad[:4][..., [0, 2]])
+
+
+def test_final_layer_falls_back_in_the_variance_channels_only(tiny_run):
+    """D2: Eq. (11) never sees the learned variance, so those gradients are exactly zero."""
+    calib, args = m.load_calib(tiny_run), options(run=tiny_run)
+    model = m.explicit_products(m.load_calibrated(calib))
+    inputs, grads, groups = PHASE3.load_unit("final", calib, args)
+    chunks = PHASE3.capture(
+        m.units(model)["final"][0], model.final_layer.linear, inputs, grads, groups, args
+    )
+    size = torch.cat([chunk[0] for chunk in chunks]).abs().amax((0, 1))
+    variance = torch.arange(len(size)) % model.out_channels >= model.in_channels
+    assert (size[variance] == 0).all() and (size[~variance] > 0).all()
+
+
+# ------------------------------------------------------------------------------------------------
+# Phase 3's searches against brute force
+
+ALPHAS = [0.01 + i * (1.2 - 0.01) / 99 for i in range(100)]
+
+
+def brute_uniform(x, bits, low=None, high=None):
+    """Step and zero point of Eq. (5), and a function that quantizes with alpha times the step."""
+    low = min(x.min().item() if low is None else low, 0)
+    high = max(x.max().item() if high is None else high, 0)
+    step = (high - low) / (2**bits - 1)
+    zero = -round(low / step)
+    return step, lambda v, s: s * ((v / s).round() + zero).clamp(0, 2**bits - 1).sub(zero)
+
+
+def linear_case(seed=0, rows=40, inputs=8, outputs=5):
+    torch.manual_seed(seed)
+    layer = torch.nn.Linear(inputs, outputs).double()
+    x, grad = torch.randn(rows, inputs).double(), torch.randn(rows, outputs).double()
+    y = (x @ layer.weight.T).detach()
+    return layer.requires_grad_(False), x, y, grad
+
+
+@pytest.mark.parametrize("metric", ["hessian", "mse"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_quantize_linear_equals_brute_force(metric, granularity):
+    """Alg. 1 lines 16-22: all alphas for every channel, then all for the input, R times."""
+    layer, x, y, grad = linear_case()
+    chunks = list(zip(grad.split(7), y.split(7), x.split(7), strict=True))
+    args = options(metric=metric, weight_granularity=granularity)
+    state = PHASE3.quantize_linear(layer, chunks, False, args)
+    g = torch.ones_like(grad) if metric == "mse" else grad
+    in_step, quantize_x = brute_uniform(x, args.abits)
+    xs = in_step
+    ends = dict(low=layer.weight.min().item(), high=layer.weight.max().item())
+    ends = ends if granularity == "tensor" else {}
+    for _ in range(args.rounds):
+        xq = quantize_x(x, xs)
+        tables, rows = [], []
+        for o in range(len(y[0])):
+            row = layer.weight[o]
+            step, quantize_w = brute_uniform(row, args.wbits, **ends)
+            deltas = [xq @ quantize_w(row, a * step) - y[:, o] for a in ALPHAS]
+            losses = [((g[:, o] * delta) ** 2).sum() for delta in deltas]
+            tables.append(torch.stack(losses))
+            rows.append((row, step, quantize_w))
+        table = torch.stack(tables)
+        if granularity == "tensor":
+            table = table.sum(0, keepdim=True).expand_as(table)
+        best = [ALPHAS[i] for i in table.argmin(1).tolist()]
+        steps = [a * step for a, (_, step, _) in zip(best, rows, strict=True)]
+        wq = torch.stack([f(row, s) for s, (row, _, f) in zip(steps, rows, strict=True)])
+        losses = [((g * (quantize_x(x, a * in_step) @ wq.T - y)) ** 2).sum() for a in ALPHAS]
+        xs = ALPHAS[torch.stack(losses).argmin()] * in_step
+    found = state["weight"]["step"].flatten().double()
+    torch.testing.assert_close(found, torch.tensor(steps)[: len(found)].double(), rtol=1e-5, atol=0)
+    assert state["act"]["step"].item() == pytest.approx(xs, rel=1e-5)
+    torch.testing.assert_close(q.unpack_weight(state["weight"]).double(), wq, rtol=1e-4, atol=1e-6)
+
+
+def test_quantize_linear_searches_both_steps_after_gelu():
+    """D9: s_1 with s_2 fixed, then s_2 with the new s_1, each on its own alpha grid."""
+    layer, x, _, grad = linear_case(1)
+    x = torch.nn.functional.gelu(2 * x)
+    y = x @ layer.weight.T
+    args = options(rounds=1)
+    state = PHASE3.quantize_linear(layer, [(grad, y, x)], True, args)
+    wq, half = q.unpack_weight(state["weight"]).double(), 2 ** (args.abits - 1)
+    first = [-x.min().item() / half, x.max().item() / (half - 1)]
+
+    def loss(s1, s2):
+        low, high = (x / s1).round().clamp(-half, 0) * s1, (x / s2).round().clamp(0, half - 1) * s2
+        return ((grad * (torch.where(x < 0, low, high) @ wq.T - y)) ** 2).sum()
+
+    s1 = min((a * first[0] for a in ALPHAS), key=lambda s: loss(s, first[1]))
+    s2 = min((a * first[1] for a in ALPHAS), key=lambda s: loss(s1, s))
+    assert state["act"]["type"] == "gelu"
+    assert state["act"]["step1"].item() == pytest.approx(s1, rel=1e-5)
+    assert state["act"]["step2"].item() == pytest.approx(s2, rel=1e-5)
+
+
+@pytest.mark.parametrize("tgq", [True, False])
+@pytest.mark.parametrize("mrq", [True, False])
+def test_quantize_matmul_equals_brute_force(tgq, mrq):
+    """Alg. 1 lines 24-33: s_1 (or alpha) of every time group on that group's rows, then B."""
+    torch.manual_seed(2)
+    sharpness = torch.tensor([3.0, 3, 3, 0.1, 0.1, 0.1])[:, None, None, None]
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    a = (torch.randn(6, 2, 40, 40).double() * sharpness).softmax(-1)
+    b = torch.randn(6, 2, 40, 3).double()
+    grad = torch.randn(6, 2, 40, 3).double()
+    y = a @ b
+    args = options(rounds=1, tgq=tgq, mrq=mrq)
+    columns = (grad, y, a, b, groups)
+    chunks = [list(c) for c in zip(*(v.split(4) for v in columns), strict=True)]
+    state = PHASE3.quantize_matmul(chunks, True, groups, args)
+    step_b, quantize_b = brute_uniform(b, args.abits)
+    bq, half = quantize_b(b, step_b), 2 ** (args.abits - 1)
+
+    def best_for(rows):
+        if mrq:
+            candidates = [2.0**-i / half for i in range(20)]
+            make = lambda v, s: q.mrq_softmax(v, torch.tensor(s).double(), args.abits)  # noqa: E731
+        else:
+            step, make = brute_uniform(a[rows], args.abits)
+            candidates = [alpha * step for alpha in ALPHAS]
+        part = grad[rows], y[rows], bq[rows]
+        return min(
+            candidates,
+            key=lambda s: ((part[0] * (make(a[rows], s) @ part[2] - part[1])) ** 2).sum(),
+        )
+
+    which = [groups == i for i in range(2)] if tgq else [groups >= 0]
+    expected = torch.tensor([best_for(rows) for rows in which])
+    found = state["a"]["step1" if mrq else "step"]
+    assert found.ndim == (1 if tgq else 0)
+    torch.testing.assert_close(found.flatten().float(), expected.float(), rtol=1e-5, atol=0)
+    if tgq:
+        assert expected[0] != expected[1]  # or the test would not see the groups
+    aq = q.make_quantizer(state["a"])(a, groups)
+    losses = [((grad * (aq @ quantize_b(b, x * step_b) - y)) ** 2).sum() for x in ALPHAS]
+    best = ALPHAS[torch.stack(losses).argmin()] * step_b
+    assert state["b"]["step"].item() == pytest.approx(best, rel=1e-5)
+
+
+def test_each_switch_of_table_3_changes_its_own_quantizers(tiny_run):
+    """--no-mrq makes softmax and GELU uniform, --no-tgq one step for all groups; D6's sets."""
+    calib = m.load_calib(tiny_run)
+    model = m.explicit_products(m.load_calibrated(calib))
+
+    def quantized(**changes):
+        args = options(run=tiny_run, rounds=1, **changes)
+        done = PHASE3.quantize_unit("block_00", model, calib, args)
+        return {name.removeprefix("blocks.0."): layer["state"] for name, layer in done.items()}
+
+    full, plain = quantized(layers="all"), quantized(mrq=False, tgq=False)
+    assert full["attn.av"]["a"]["type"] == "softmax" and full["mlp.fc2"]["act"]["type"] == "gelu"
+    assert full["attn.av"]["a"]["step1"].shape == (calib["settings"]["groups"],)
+    assert plain["attn.av"]["a"]["type"] == plain["mlp.fc2"]["act"]["type"] == "uniform"
+    assert plain["attn.av"]["a"]["step"].ndim == 0
+    assert set(full) - set(plain) == {"adaLN_modulation.1"}
+    assert full["attn.qk"]["b"]["bits"] == 5 and full["attn.qkv"]["weight"]["bits"] == 4
+
+
+@torch.no_grad()
+def test_signal_to_noise_equals_the_definition(tiny_run):
+    """10 log10 of energy over error of eps, per group, and weighted by (d x_(t-1) / d eps)^2."""
+    calib, args = m.load_calib(tiny_run), options()
+    model = m.load_calibrated(calib)
+
+    class Off(torch.nn.Module):
+        def forward(self, x, t, y):
+            return model(x, t, y) + 0.01 * t[:, None, None, None] / 1000
+
+    report = PHASE3.signal_to_noise(model, Off(), calib, args)
+    rows, diffusion = calib["validation"], m.Diffusion(calib["settings"]["steps"])
+    told = diffusion.timestep_map[rows["t"]]
+    eps = model(rows["x"], told, rows["y"])[:, : model.in_channels]
+    signal = eps.square().sum((1, 2, 3))
+    noise = (0.01 * told / 1000) ** 2 * eps[0].numel()
+    weight = diffusion.sensitivity()[rows["t"]]
+    expected = 10 * torch.log10((weight * signal).sum() / (weight * noise).sum())
+    assert report["snr_weighted"] == pytest.approx(expected.item(), abs=0.01)
+    last = rows["group"] == calib["settings"]["groups"] - 1
+    expected = 10 * torch.log10(signal[last].sum() / noise[last].sum())
+    assert report["snr_per_group"][-1] == pytest.approx(expected.item(), abs=0.01)
