@@ -9,6 +9,7 @@ host one unit's rows; disk: 8 bytes x n G x tokens x width x depth (21 GB for Di
     python 02_grad_cache.py --run runs/xl
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,8 +17,8 @@ from tqdm import tqdm
 
 from models_dit import (
     Diffusion, InputError, Parser, Parts, already_made, draw_noise, explicit_products, header,
-    image_generators, load_calib, load_calibrated, pick_device, run_script, sha256_of, units,
-    write_atomic,
+    image_generators, load_calib, load_calibrated, pick_device, run_script, sha256_of, unit_on,
+    units, write_atomic,
 )
 
 STREAM = 2  # of random numbers, for --eps renoise
@@ -47,15 +48,15 @@ def in_batches(function, rows, args):
     return [torch.cat([x.cpu() for x in column]) for column in zip(*results, strict=True)]
 
 
-def forward_pass(chain, inputs, parts, args):
+def forward_pass(model, inputs, parts, args):
     """Alg. 1 line 11: the inputs of every unit, one unit after the other, kept in `parts`."""
-    names = list(chain)
+    names = list(units(model))
     parts.save(f"in_{names[0]}", inputs)
     for name, following in pairwise(tqdm(names, desc="02 forward", unit="unit")):
         if not parts.has(f"in_{following}"):
             inputs = parts.load(f"in_{name}")
-            with torch.no_grad():
-                outputs = in_batches(chain[name][0], inputs, args)
+            with torch.no_grad(), unit_on(model, name, args.device) as function:
+                outputs = in_batches(function, inputs, args)
             c = outputs[1] if name == "embed" else inputs[1]
             parts.save(f"in_{following}", [outputs[0], c])
 
@@ -73,16 +74,19 @@ def unit_gradient(function, x, c, grad):
     return torch.autograd.grad(function(x, c)[0], (x, c), grad)
 
 
-def start_backward(model, chain, eps, parts, args):
+def start_backward(model, eps, parts, args):
     """Hand dL/d(output) to the final layer; dL/dc is summed up from zero."""
     x, c = parts.load("in_final")
-    run = lambda x, c, eps: [loss_gradient(model, chain["final"][0](x, c)[0], eps)]  # noqa: E731
-    parts.save("grad_final", in_batches(run, [x, c, eps], args) + [torch.zeros_like(c)])
+    with unit_on(model, "final", args.device) as function:
+        grad = in_batches(
+            lambda x, c, eps: [loss_gradient(model, function(x, c)[0], eps)], [x, c, eps], args
+        )
+    parts.save("grad_final", [*grad, torch.zeros_like(c)])
 
 
-def backward_pass(chain, parts, head, args):
+def backward_pass(model, parts, head, args):
     """Alg. 1 line 12: write the file of every unit, the last first; each hands its gradient on."""
-    names = list(chain)
+    names = list(units(model))
     before = dict(zip(names[1:], names, strict=False))
     for name in tqdm(names[::-1], desc="02 backward", unit="unit"):
         if name in before and parts.has(f"grad_{before[name]}"):
@@ -94,34 +98,34 @@ def backward_pass(chain, parts, head, args):
         path = args.run / "grads" / f"{name}.pt"
         write_atomic(path, lambda file, unit=unit: torch.save(head | unit, file))
         if name in before:
-            run = lambda x, c, g, name=name: unit_gradient(chain[name][0], x, c, g)  # noqa: E731
-            grad, own = in_batches(run, [*inputs, grad], args)
+            with unit_on(model, name, args.device) as function:
+                grad, own = in_batches(partial(unit_gradient, function), [*inputs, grad], args)
             parts.save(f"grad_{before[name]}", [grad, grad_c + own])
             parts.remove(f"in_{name}")
 
 
 def main(args):
-    device = pick_device(args.device)
+    args.device = pick_device(args.device)
     if args.batch_size < 1:
         raise InputError("--batch-size must be at least 1")
     calib = load_calib(args.run)
     settings = dict(eps=args.eps, batch_size=args.batch_size)
-    head = header("grads", settings, {"calib": sha256_of(args.run / "calib.pt")}, device)
+    head = header("grads", settings, {"calib": sha256_of(args.run / "calib.pt")}, args.device)
     last = args.run / "grads" / "embed.pt"  # written last: its presence says that all are there
     if already_made(last, head, args.force):
         return
     last.unlink(missing_ok=True)
-    model = explicit_products(load_calibrated(calib)).to(device)
-    chain, rows, parts = units(model), calib["calibration"], Parts(args.run / "grads", head)
+    model = explicit_products(load_calibrated(calib))
+    rows, parts = calib["calibration"], Parts(args.run / "grads", head)
     diffusion = Diffusion(calib["settings"]["steps"])
     eps, x_t = noise_and_inputs(rows, diffusion, args.eps, calib["settings"]["seed"])
     if not parts.has("grad_final"):
-        forward_pass(chain, [x_t, diffusion.timestep_map[rows["t"]], rows["y"]], parts, args)
-        start_backward(model, chain, eps, parts, args)
-    backward_pass(chain, parts, head, args)
+        forward_pass(model, [x_t, diffusion.timestep_map[rows["t"]], rows["y"]], parts, args)
+        start_backward(model, eps, parts, args)
+    backward_pass(model, parts, head, args)
     parts.clear()
-    size = sum(file.stat().st_size for file in last.parent.glob("*.pt")) / 2**20
-    print(f"wrote {len(chain)} files in {last.parent}, {size:.0f} MiB")
+    sizes = [file.stat().st_size for file in last.parent.glob("*.pt")]
+    print(f"wrote {len(sizes)} files in {last.parent}, {sum(sizes) / 2**20:.0f} MiB")
     print(f"Next: python 03_quantize.py --run {args.run} --wbits 8 --abits 8")
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from models_dit import (
     Diffusion, InputError, MatMul, Parser, Parts, World, already_made, explicit_products, header,
     load_artifact, load_calib, load_calibrated, model_name, pick_device, run_script, save_artifact,
-    sha256_of, units,
+    sha256_of, unit_on, units,
 )
 from quant_ops import (
     LAYERS, FullPrecision, build_quantized, fake_quant, gelu_candidates, group_table, hessian_loss,
@@ -235,18 +235,18 @@ def layer_cost(state, chunks, args):
 
 def quantize_unit(name, model, calib, args):
     """Lines 14-33 for the layers of one unit: their states and costs, by layer name."""
-    function, prefix = units(model)[name]
     inputs, grads, groups = load_unit(name, calib, args)
-    kind, done = name.split("_")[0], {}
-    for child in RELEASED[kind] + (EXTRA[kind] if args.layers == "all" else ()):
-        layer = model.get_submodule(prefix + child)
-        chunks = patch_dead(capture(function, layer, inputs, grads, groups, args), groups)
-        if isinstance(layer, MatMul):  # line 23
-            state = quantize_matmul(chunks, child == "attn.av", groups, args)
-        else:  # line 15
-            matrices = [as_matrices(layer, *chunk) for chunk in chunks]
-            state = quantize_linear(layer, matrices, child == "mlp.fc2", args)
-        done[prefix + child] = dict(state=state, **layer_cost(state, chunks, args))
+    kind, prefix, done = name.split("_")[0], units(model)[name], {}
+    with unit_on(model, name, args.device) as function:
+        for child in RELEASED[kind] + (EXTRA[kind] if args.layers == "all" else ()):
+            layer = model.get_submodule(prefix + child)
+            chunks = patch_dead(capture(function, layer, inputs, grads, groups, args), groups)
+            if isinstance(layer, MatMul):  # line 23
+                state = quantize_matmul(chunks, child == "attn.av", groups, args)
+            else:  # line 15
+                matrices = [as_matrices(layer, *chunk) for chunk in chunks]
+                state = quantize_linear(layer, matrices, child == "mlp.fc2", args)
+            done[prefix + child] = dict(state=state, **layer_cost(state, chunks, args))
     return done
 
 
@@ -310,7 +310,7 @@ def main(args):
     path = args.run / f"quant_{model_name(args)}.pt"
     if already_made(path, head, args.force):
         return
-    model = explicit_products(load_calibrated(calib)).to(args.device)
+    model = explicit_products(load_calibrated(calib))
     names, parts, done = list(units(model)), Parts(path, head), {}
     for name in tqdm(names[world.rank :: world.size], desc=f"03 {path.stem}", unit="unit"):
         if not parts.has(name):
@@ -319,7 +319,7 @@ def main(args):
     if world.rank == 0:
         for name in names:
             done |= parts.load(name)
-        head |= assemble(model.cpu(), calib["settings"]["config"], done, calib)
+        head |= assemble(model, calib["settings"]["config"], done, calib)
         quantized = build_quantized(head, "this run").to(args.device)
         head["report"] = signal_to_noise(model.to(args.device), quantized, calib, args)
         keys = ("cost", "energy")

@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import urllib.request
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -874,17 +875,33 @@ def load_calibrated(calib):
 
 
 def units(model):
-    """Name -> (module function, prefix) of the embedder, every block, and the final layer.
+    """Name -> prefix of its parameters: the embedder, every block, and the final layer.
 
-    Each function maps a tuple of inputs to a tuple of outputs; the outputs of one are, with c,
-    the inputs of the next. Everything inside a unit follows from its inputs and the gradient at
-    its outputs.
+    Everything inside a unit follows from its inputs and the gradient at its outputs.
     """
-    chain = {"embed": (lambda x, t, y: model.embed(x, t, y), "")}
-    for i, block in enumerate(model.blocks):
-        chain[f"block_{i:02d}"] = (lambda x, c, block=block: (block(x, c),), f"blocks.{i}.")
-    chain["final"] = (lambda x, c: (model.final_layer(x, c),), "final_layer.")
-    return chain
+    blocks = {f"block_{i:02d}": f"blocks.{i}." for i in range(len(model.blocks))}
+    return {"embed": ""} | blocks | {"final": "final_layer."}
+
+
+@contextmanager
+def unit_on(model, name, device):
+    """The unit as a function, on `device` meanwhile and on the host before and after.
+
+    The embedder maps (x, t, y) to (tokens, c), every other unit (tokens, c) to (tokens,).
+    """
+    prefix = units(model)[name]
+    module = model.get_submodule(prefix.rstrip(".")) if prefix else None
+    parts = [module] if prefix else [model.x_embedder, model.t_embedder, model.y_embedder]
+    for part in parts:
+        part.to(device)
+    if prefix:
+        yield lambda x, c: (module(x, c),)
+    else:
+        model.pos_embed.data = model.pos_embed.data.to(device)
+        yield model.embed
+        model.pos_embed.data = model.pos_embed.data.cpu()
+    for part in parts:
+        part.cpu()
 
 
 def explicit_products(model):

@@ -88,8 +88,8 @@ def whole_network_gradients(model, names, calib):
     rows, diffusion = calib["calibration"], m.Diffusion(calib["settings"]["steps"])
     t = rows["t"]
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    abar = abar[diffusion.timestep_map[t]].float()[:, None, None, None]
-    eps = (rows["x"] - abar.sqrt() * rows["x_0"]) / (1 - abar).sqrt()
+    abar = abar[diffusion.timestep_map[t]][:, None, None, None]
+    eps = ((rows["x"] - abar.sqrt() * rows["x_0"]) / (1 - abar).sqrt()).float()
     out = model(rows["x"], diffusion.timestep_map[t], rows["y"])
     loss = (eps - out[:, : model.in_channels]).square().sum()
     grads = torch.autograd.grad(loss, [zeros[name] for name in names])
@@ -102,22 +102,21 @@ def test_unit_local_gradients_equal_autograd_of_the_whole_network(tiny_run):
     """Alg. 1 line 12: what Phase 3 recomputes inside a unit is dL/d(output) of every layer."""
     calib, args = m.load_calib(tiny_run), options(run=tiny_run)
     model = m.explicit_products(m.load_calibrated(calib))
-    chain = m.units(model)
-    kinds = {name: name.split("_")[0] for name in chain}
-    layers = {
-        chain[name][1] + child: name
-        for name, kind in kinds.items()
-        for child in PHASE3.RELEASED[kind] + PHASE3.EXTRA[kind]
-    }
+    layers = {}
+    for name, prefix in m.units(model).items():
+        kind = name.split("_")[0]
+        layers |= {prefix + c: name for c in PHASE3.RELEASED[kind] + PHASE3.EXTRA[kind]}
     expected = whole_network_gradients(model, list(layers), calib)
     assert len(layers) == 3 + 7 * len(model.blocks) + 2
     for layer, unit in layers.items():
         inputs, grads, groups = PHASE3.load_unit(unit, calib, args)
         module = model.get_submodule(layer)
-        chunks = PHASE3.capture(chain[unit][0], module, inputs, grads, groups, args)
+        with m.unit_on(model, unit, "cpu") as function:
+            chunks = PHASE3.capture(function, module, inputs, grads, groups, args)
         found = torch.cat([chunk[0] for chunk in chunks])
         assert expected[layer].norm() > 0
-        assert (found - expected[layer]).norm() <= 1e-4 * expected[layer].norm(), layer
+        error = (found - expected[layer]).norm() / expected[layer].norm()
+        assert error <= 1e-4, layer
 
 
 def test_load_unit_takes_a_stratified_subset(tiny_run):
@@ -147,9 +146,9 @@ def test_final_layer_falls_back_in_the_variance_channels_only(tiny_run):
     calib, args = m.load_calib(tiny_run), options(run=tiny_run)
     model = m.explicit_products(m.load_calibrated(calib))
     inputs, grads, groups = PHASE3.load_unit("final", calib, args)
-    chunks = PHASE3.capture(
-        m.units(model)["final"][0], model.final_layer.linear, inputs, grads, groups, args
-    )
+    with m.unit_on(model, "final", "cpu") as function:
+        layer = model.final_layer.linear
+        chunks = PHASE3.capture(function, layer, inputs, grads, groups, args)
     size = torch.cat([chunk[0] for chunk in chunks]).abs().amax((0, 1))
     variance = torch.arange(len(size)) % model.out_channels >= model.in_channels
     assert (size[variance] == 0).all() and (size[~variance] > 0).all()
