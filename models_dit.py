@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -580,6 +581,8 @@ def pick_device(name):
     """`cuda`, `cuda:1` or `cpu` as a torch.device, with TF32 off: same seed, same result."""
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: no CUDA device is available; use --device cpu")
+    if not name.startswith(("cuda", "cpu")):
+        raise InputError(f"--device {name}: use cpu, cuda or cuda:N")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
@@ -737,10 +740,9 @@ class Parts:
         self.path(name).unlink(missing_ok=True)
 
     def clear(self):
-        for file in self.folder.glob("*") if self.folder.exists() else ():
-            file.unlink()
-        if self.folder.exists():
-            self.folder.rmdir()
+        """The whole is written: remove its pieces, and those of runs given up before."""
+        for folder in self.folder.parent.glob(f"{self.folder.stem}.*"):
+            shutil.rmtree(folder)
 
 
 def download(url, name, sha256_prefix=""):
@@ -762,14 +764,15 @@ def download(url, name, sha256_prefix=""):
 
 
 def _download_to(partial, url, name):
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    have = partial.stat().st_size - 1 if partial.exists() else 0  # one byte again: never none
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have > 0 else {})
     with urllib.request.urlopen(request, timeout=60) as reply:
-        if reply.status != 206:  # the server sends the whole file
+        if reply.status != 206:  # the whole file is coming
             have = 0
         total = have + int(reply.headers.get("Content-Length", 0))
         bar = tqdm(desc=name, initial=have, total=total or None, unit="B", unit_scale=True)
-        with open(partial, "ab" if have else "wb") as file, bar:
+        with open(partial, "r+b" if have else "wb") as file, bar:
+            file.seek(have)
             while chunk := reply.read(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))

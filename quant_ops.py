@@ -205,6 +205,11 @@ def _per_sample(value: Tensor, group: Tensor | None, x: Tensor) -> Tensor:
     return value[group].view(-1, *[1] * (x.ndim - 1))
 
 
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least: rounding in half precision would misplace codes."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class UniformQuantizer(nn.Module):
     """Eq. (5); `step` and `zero` are () or, with time groups, (G,)."""
 
@@ -216,7 +221,7 @@ class UniformQuantizer(nn.Module):
 
     def forward(self, x, group=None):
         step, zero = (_per_sample(v, group, x) for v in (self.step, self.zero))
-        return fake_quant(x, step, zero, self.bits)
+        return fake_quant(_wide(x), step, zero, self.bits)
 
 
 class SoftmaxQuantizer(nn.Module):
@@ -228,7 +233,7 @@ class SoftmaxQuantizer(nn.Module):
         self.register_buffer("step1", step1)
 
     def forward(self, x, group=None):
-        return mrq_softmax(x, _per_sample(self.step1, group, x), self.bits)
+        return mrq_softmax(_wide(x), _per_sample(self.step1, group, x), self.bits)
 
 
 class GeluQuantizer(nn.Module):
@@ -241,7 +246,7 @@ class GeluQuantizer(nn.Module):
         self.register_buffer("step2", step2)
 
     def forward(self, x, group=None):
-        return mrq_gelu(x, self.step1, self.step2, self.bits)
+        return mrq_gelu(_wide(x), self.step1, self.step2, self.bits)
 
 
 class FullPrecision(nn.Module):
