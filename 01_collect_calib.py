@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from models_dit import (
     DIT_URL, Diffusion, DiT_models, InputError, Parser, Parts, already_made, download, header,
-    image_generators, load_dit, pick_device, run_script, save_artifact, sha256_of, trajectory,
+    image_generators, load_dit, run_script, save_artifact, sha256_of, trajectory,
 )
 from quant_ops import time_group
 
@@ -127,13 +127,13 @@ def check_model(args, config):
 
 def main(args):
     check(args)
-    device, ckpt = pick_device(args.device), find_checkpoint(args)
+    ckpt = find_checkpoint(args)
     model, config = load_dit(ckpt, args.num_heads)
     check_model(args, config)
-    knobs = "steps groups per_group trajectories cfg_scale cfg_channels seed vae batch_size"
+    knobs = "steps groups per_group trajectories cfg_scale cfg_channels seed vae"
     settings = {key: getattr(args, key) for key in knobs.split()}
     settings |= dict(ckpt=str(ckpt), config=config)
-    head = header("calib", settings, {"checkpoint": sha256_of(ckpt)}, device)
+    head = header("calib", settings, {"checkpoint": sha256_of(ckpt)}, args.device)
     path = args.run / "calib.pt"
     if already_made(path, head, args.force):
         return
@@ -144,8 +144,8 @@ def main(args):
     calibration = draw_rows(rng, args, used, args.per_group, labels, classes)
     validation = draw_rows(rng, args, spare, HELD_OUT_PER_GROUP, labels, classes)
     rows = {key: torch.cat([calibration[key], validation[key]]) for key in calibration}
-    parts = Parts(path, head)
-    collect_all(model.to(device), args, labels.to(device), rows, parts)
+    parts = Parts(path, head, args.batch_size)
+    collect_all(model.to(args.device), args, labels.to(args.device), rows, parts)
     split = len(calibration["t"])
     head["calibration"] = {key: value[:split].clone() for key, value in rows.items()}
     head["validation"] = {key: value[split:].clone() for key, value in rows.items()}

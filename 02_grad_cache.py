@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from models_dit import (
     Diffusion, InputError, Parser, Parts, already_made, draw_noise, explicit_products, header,
-    image_generators, load_calib, load_calibrated, pick_device, run_script, sha256_of, unit_on,
+    image_generators, load_calib, load_calibrated, run_script, sha256_of, unit_on,
     units, write_atomic,
 )
 
@@ -105,12 +105,11 @@ def backward_pass(model, parts, head, args):
 
 
 def main(args):
-    args.device = pick_device(args.device)
     if args.batch_size < 1:
         raise InputError("--batch-size must be at least 1")
     calib = load_calib(args.run)
-    settings = dict(eps=args.eps, batch_size=args.batch_size)
-    head = header("grads", settings, {"calib": sha256_of(args.run / "calib.pt")}, args.device)
+    inputs = {"calib": sha256_of(args.run / "calib.pt")}
+    head = header("grads", {"eps": args.eps}, inputs, args.device)
     last = args.run / "grads" / "embed.pt"  # written last: its presence says that all are there
     if already_made(last, head, args.force):
         return

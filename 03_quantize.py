@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from models_dit import (
     Diffusion, InputError, MatMul, Parser, Parts, World, already_made, explicit_products, header,
-    load_artifact, load_calib, load_calibrated, model_name, pick_device, run_script, save_artifact,
+    load_artifact, load_calib, load_calibrated, model_name, run_script, save_artifact,
     sha256_of, unit_on, units,
 )
 from quant_ops import (
@@ -300,9 +300,8 @@ def check(args):
 
 def main(args):
     check(args)
-    world, args.device = World(), pick_device(args.device)
-    calib = load_calib(args.run)
-    knobs = "wbits abits metric mrq tgq rounds layers weight_granularity rows tag batch_size"
+    world, calib = World(), load_calib(args.run)
+    knobs = "wbits abits metric mrq tgq rounds layers weight_granularity rows tag"
     settings = {key: getattr(args, key) for key in knobs.split()}
     settings["sampling"] = {k: v for k, v in calib["settings"].items() if k != "config"}
     inputs = {"calib": sha256_of(args.run / "calib.pt"), **calib["inputs"]}

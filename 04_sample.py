@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from models_dit import (
     VAE_SCALE, Diffusion, InputError, Parser, Parts, World, check_labels, header, image_generators,
-    load_artifact, load_calib, load_calibrated, load_vae, model_name, pick_device, run_script,
+    load_artifact, load_calib, load_calibrated, load_vae, model_name, run_script,
     same_result, sha256_of, trajectory, write_atomic,
 )
 from quant_ops import build_quantized, group_table
@@ -114,13 +114,13 @@ def finished(path, head, force):
 
 def main(args):
     check(args)
-    world, device = World(), pick_device(args.device)
+    world, device = World(), args.device
     model, sampling, inputs, size = load_model(args)
     settings = {key: sampling[key] for key in ("steps", "cfg_scale", "cfg_channels", "vae")}
     settings["steps"] = args.steps or settings["steps"]
     settings |= {key: getattr(args, key) for key in ("num_images", "first", "seed", "dtype")}
     classes = args.classes or list(range(model.num_classes))
-    settings |= dict(name=model_name(args), classes=args.classes, batch_size=args.batch_size)
+    settings |= dict(name=model_name(args), classes=args.classes)
     indices = torch.arange(args.first, args.first + args.num_images)
     labels = torch.tensor(classes)[indices % len(classes)]
     check_labels(labels, model.num_classes, "--classes")
@@ -130,7 +130,7 @@ def main(args):
     if finished(path, head, args.force):
         return
     vae = None if settings["vae"] == "none" else load_vae(settings["vae"]).to(device)
-    model, parts = model.to(device), Parts(path, head)
+    model, parts = model.to(device), Parts(path, head, args.batch_size)
     if args.compile:
         model.forward = torch.compile(model.forward)
     batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size), strict=True))

@@ -290,12 +290,12 @@ def save_comparison(path, rows, columns=10):
 
 
 def main(args):
-    device, path, source = dit.pick_device(args.device), args.run / "metrics.json", args.reference
+    path, source = args.run / "metrics.json", args.reference
     rows, files = read_rows(path), sorted(args.run.glob("samples_*.npz"))
     if not files or args.batch_size < 1:
         raise dit.InputError(f"--batch-size < 1, or no samples_*.npz in {args.run}: run 04 first")
     reference = read(source, or_statistics=True)
-    network, weights = load_network(args, device)
+    network, weights = load_network(args, args.device)
     common = dict(features=weights.name, features_sha256=dit.sha256_of(weights))
     common["feature_space"] = "inception" if args.features == "inception" else "demo"
     digest = sha256(reference["arr_0"]).hexdigest() if source.is_dir() else dit.sha256_of(source)

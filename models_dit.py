@@ -554,7 +554,7 @@ class Parser(argparse.ArgumentParser):
         self.machine = self.add_argument_group("machine (must not change results)")
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.machine.add_argument("--run", type=Path, default=Path("runs/demo"), help="its folder")
-        self.machine.add_argument("--device", default=default, help="cpu, cuda, cuda:1, ...")
+        self.machine.add_argument("--device", type=pick_device, default=default, help="cpu, cuda..")
         self.machine.add_argument("--force", action="store_true", help="replace what is there")
 
     def error(self, message):
@@ -716,11 +716,12 @@ def same_result(path, old, head):
 class Parts:
     """Finished pieces of a long job, kept until the whole is written, so a killed run resumes.
 
-    The folder's name carries a hash of the settings: pieces of another run are never mixed in.
+    The folder's name carries a hash of the settings, and of `cut`, how the job is cut up: pieces
+    of another run are never mixed in.
     """
 
-    def __init__(self, path, head):
-        key = json.dumps([head["settings"], head["inputs"]], sort_keys=True)
+    def __init__(self, path, head, cut=None):
+        key = json.dumps([head["settings"], head["inputs"], cut], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         self.folder = Path(path).parent / f".{Path(path).name}.{digest}"
 

@@ -199,7 +199,7 @@ def reference_statistics(net, images, device):
 
 
 @torch.no_grad()
-def sample_accuracy(weights, config, net, device, count=500):
+def sample_accuracy(weights, config, net, device, count):
     """Share of samples that the classifier gives their own label (T = 50, guidance 1.5)."""
     model = DiT(**config).to(device).eval()
     model.load_state_dict(weights)
@@ -228,8 +228,8 @@ def main(args):
     save(args.out / f"features_{name}.pt", {k: v.cpu() for k, v in net.state_dict().items()})
     reference = reference_statistics(net, images, args.device)
     np.savez_compressed(args.out / f"reference_{name}.npz", **reference)
-    accuracy = sample_accuracy(weights, config, net, args.device)
-    print(f"accuracy of the classifier on 500 samples, against their labels: {accuracy:.3f}")
+    accuracy = sample_accuracy(weights, config, net, args.device, args.samples)
+    print(f"classifier on {args.samples} samples, share with their own label: {accuracy:.3f}")
 
 
 def parse_args():
@@ -243,6 +243,7 @@ def parse_args():
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--ema", type=float, default=0.999)
+    p.add_argument("--samples", type=int, default=500, help="sampled at the end, to be judged")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--save-every", type=int, default=250, help="steps between kept states")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
