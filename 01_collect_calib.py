@@ -135,8 +135,9 @@ def main(args):
     settings |= dict(ckpt=str(ckpt), config=config)
     head = header("calib", settings, {"checkpoint": sha256_of(ckpt)}, args.device)
     path = args.run / "calib.pt"
+    parts = Parts(path, head, args.batch_size)
     if already_made(path, head, args.force):
-        return
+        return parts.clear()  # a run killed after its last write left them
     rng = np.random.default_rng([args.seed, STREAM])
     classes, count = config["num_classes"], args.trajectories + HELD_OUT
     labels = draw_labels(rng, count, classes)
@@ -144,7 +145,6 @@ def main(args):
     calibration = draw_rows(rng, args, used, args.per_group, labels, classes)
     validation = draw_rows(rng, args, spare, HELD_OUT_PER_GROUP, labels, classes)
     rows = {key: torch.cat([calibration[key], validation[key]]) for key in calibration}
-    parts = Parts(path, head, args.batch_size)
     collect_all(model.to(args.device), args, labels.to(args.device), rows, parts)
     split = len(calibration["t"])
     head["calibration"] = {key: value[:split].clone() for key, value in rows.items()}

@@ -111,13 +111,15 @@ def main(args):
     inputs = {"calib": sha256_of(args.run / "calib.pt")}
     head = header("grads", {"eps": args.eps}, inputs, args.device)
     last = args.run / "grads" / "embed.pt"  # written last: its presence says that all are there
+    parts = Parts(args.run / "grads", head)
     if already_made(last, head, args.force):
-        return
-    last.unlink(missing_ok=True)
+        return parts.clear()  # a run killed after its last write left them
     model = explicit_products(load_calibrated(calib))
-    rows, parts = calib["calibration"], Parts(args.run / "grads", head)
+    rows = calib["calibration"]
     diffusion = Diffusion(calib["settings"]["steps"])
     eps, x_t = noise_and_inputs(rows, diffusion, args.eps, calib["settings"]["seed"])
+    parts.clear(others_only=True)  # whose unit files this run is about to replace
+    last.unlink(missing_ok=True)
     if not parts.has("grad_final"):
         forward_pass(model, [x_t, diffusion.timestep_map[rows["t"]], rows["y"]], parts, args)
         start_backward(model, eps, parts, args)

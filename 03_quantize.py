@@ -7,7 +7,7 @@ ratio of eps on rows it was not fitted to, and the layers that cost most.
 
     python 03_quantize.py --run runs/xl --wbits 8 --abits 8
     python 03_quantize.py --run runs/xl --wbits 6 --abits 6 --tag b --metric mse --no-mrq --no-tgq
-    torchrun --nproc_per_node=8 03_quantize.py --run runs/xl --wbits 6 --abits 6
+    torchrun --nproc_per_node=8 -- 03_quantize.py --run runs/xl --wbits 6 --abits 6
 """
 
 from argparse import BooleanOptionalAction
@@ -307,10 +307,11 @@ def main(args):
     inputs = {"calib": sha256_of(args.run / "calib.pt"), **calib["inputs"]}
     head = header("quant", settings, inputs, args.device)
     path = args.run / f"quant_{model_name(args)}.pt"
+    parts, done = Parts(path, head), {}
     if already_made(path, head, args.force):
-        return
+        return parts.clear()  # a run killed after its last write left them
     model = explicit_products(load_calibrated(calib))
-    names, parts, done = list(units(model)), Parts(path, head), {}
+    names = list(units(model))
     for name in tqdm(names[world.rank :: world.size], desc=f"03 {path.stem}", unit="unit"):
         if not parts.has(name):
             parts.save(name, quantize_unit(name, model, calib, args))

@@ -6,11 +6,12 @@ a .png grid. Image i has noise of its own, drawn from (seed, i): it is the same 
 any number of processes and for every model, so samples of two models pair up.
 
     python 04_sample.py --run runs/xl --wbits 8 --abits 8 --num-images 10000
-    torchrun --nproc_per_node=8 04_sample.py --run runs/xl --fp --num-images 10000
+    torchrun --nproc_per_node=8 -- 04_sample.py --run runs/xl --fp --num-images 10000
 """
 
 import json
 import os
+import zipfile
 from contextlib import nullcontext
 
 import numpy as np
@@ -50,6 +51,8 @@ def check(args):
         value = getattr(args, flag)
         if not args.fp and (value is None or not 2 <= value <= 8):
             raise InputError(f"--{flag} {value}: must be 2..8")
+    if args.steps is not None and args.steps < 1:
+        raise InputError(f"--steps {args.steps}: must be at least 1")
     if min(args.num_images, args.batch_size) < 1 or min(args.first, args.seed) < 0:
         raise InputError("--num-images, --batch-size: at least 1; --first, --seed: not negative")
 
@@ -58,8 +61,9 @@ def load_model(args):
     """The model, how it is to be sampled, and what it came from."""
     if args.fp:
         calib = load_calib(args.run)
+        model = load_calibrated(calib)
         size = os.path.getsize(calib["settings"]["ckpt"])
-        return load_calibrated(calib), calib["settings"], calib["inputs"], size
+        return model, calib["settings"], calib["inputs"], size
     path = args.run / f"quant_{model_name(args)}.pt"
     artifact = load_artifact(path, "quant", "03_quantize.py")
     model, sampling = build_quantized(artifact, path), artifact["settings"]["sampling"]
@@ -108,7 +112,7 @@ def finished(path, head, force):
     try:
         with np.load(path) as old:
             return same_result(path, json.loads(str(old["meta"])), head)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is damaged ({error}); --force replaces it") from error
 
 
@@ -127,10 +131,11 @@ def main(args):
     diffusion = Diffusion(settings["steps"], device)
     head = header("samples", settings, inputs, device)
     path = args.run / f"samples_{model_name(args)}.npz"
+    parts = Parts(path, head, args.batch_size)
     if finished(path, head, args.force):
-        return
+        return parts.clear()  # a run killed after its last write left them
     vae = None if settings["vae"] == "none" else load_vae(settings["vae"]).to(device)
-    model, parts = model.to(device), Parts(path, head, args.batch_size)
+    model = model.to(device)
     if args.compile:
         model.forward = torch.compile(model.forward)
     batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size), strict=True))
@@ -144,8 +149,8 @@ def main(args):
         images = torch.cat([parts.load(i) for i in range(len(batches))]).numpy()
         meta = json.dumps(head | dict(model_bytes=size))
         arrays = dict(arr_0=images, labels=labels.numpy(), meta=np.array(meta))
-        write_atomic(path, lambda file: np.savez(file, **arrays))
         save_grid(path.with_suffix(".png"), images)
+        write_atomic(path, lambda file: np.savez(file, **arrays))  # last: it says all is done
         parts.clear()
         print(f"wrote {path} and its .png: {len(images)} images, sha256 {sha256_of(path)[:12]}")
         print(f"Next: python 05_eval_fid.py --run {args.run} --reference REFERENCE.npz")

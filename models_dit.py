@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -631,7 +631,8 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC or "write" in str(error)
         advice = "; free some disk space and run again" if full else ""
         raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}{advice}") from error
@@ -682,6 +683,8 @@ def load_artifact(path, kind, made_by):
     found = artifact.get("kind") if isinstance(artifact, dict) else None
     if found != kind:
         raise InputError(f"{path} is {found or 'no artifact'}, not {kind}: run {made_by} first")
+    if not {"format", "settings", "inputs"} <= artifact.keys():
+        raise InputError(f"{path} is damaged: parts are missing; run {made_by} again")
     if artifact["format"] != FORMAT:
         found = artifact["format"]
         raise InputError(f"{path} has format {found}, not {FORMAT}: run {made_by} again")
@@ -740,10 +743,11 @@ class Parts:
     def remove(self, name):
         self.path(name).unlink(missing_ok=True)
 
-    def clear(self):
-        """The whole is written: remove its pieces, and those of runs given up before."""
+    def clear(self, others_only=False):
+        """Remove the pieces of the whole, now written, and those of runs given up before."""
         for folder in self.folder.parent.glob(f"{self.folder.stem}.*"):
-            shutil.rmtree(folder)
+            if not (others_only and folder == self.folder):
+                shutil.rmtree(folder, ignore_errors=True)  # another process may be at it too
 
 
 def download(url, name, sha256_prefix=""):
@@ -802,10 +806,10 @@ def read_config(state, num_heads=None):
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"not a DiT checkpoint: it has no usable {error}") from error
-    heads = num_heads or HEADS.get(width)
+    heads = HEADS.get(width) if num_heads is None else num_heads
     if heads is None:
         raise InputError(f"width {width} is none of the known DiTs: give --num-heads")
-    if width % heads:
+    if heads < 1 or width % heads:
         raise InputError(f"--num-heads {heads} does not divide the width {width}")
     return dict(
         input_size=math.isqrt(tokens) * patch,
