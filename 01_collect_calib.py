@@ -8,6 +8,8 @@ Next: 02_grad_cache.py.
     python 01_collect_calib.py --run runs/mine --ckpt mine.pt --num-heads 8 --vae none
 """
 
+import math
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -49,8 +51,8 @@ def check(args):
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
     if args.trajectories * (args.steps // args.groups) < args.per_group:
         raise InputError(f"--per-group {args.per_group} needs more --trajectories")
-    if args.seed < 0:
-        raise InputError("--seed must not be negative")
+    if args.seed < 0 or args.cfg_channels < 1 or not math.isfinite(args.cfg_scale):
+        raise InputError("--seed >= 0, --cfg-channels >= 1 and a finite --cfg-scale are needed")
 
 
 def draw_rows(rng, args, trajectories, per_group, labels, null_label):

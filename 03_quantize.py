@@ -62,11 +62,17 @@ def parse_args():
 # A layer's calibration data: chunks [grad, y, *inputs, group] on the host, rows first
 
 
-def load_unit(name, calib, args):
-    """A unit's inputs, output gradients and time groups, of all rows or of --rows of them."""
+def load_grads(name, args):
+    """What Phase 2 wrote of a unit; InputError if it did so for another calib.pt."""
     unit = load_artifact(args.run / "grads" / f"{name}.pt", "grads", "02_grad_cache.py")
     if unit["inputs"]["calib"] != sha256_of(args.run / "calib.pt"):
         raise InputError(f"{args.run}/grads is of another calib.pt: run 02_grad_cache.py --force")
+    return unit
+
+
+def load_unit(name, calib, args):
+    """A unit's inputs, output gradients and time groups, of all rows or of --rows of them."""
+    unit = load_grads(name, args)
     groups = calib["calibration"]["group"]
     wanted = torch.ones(len(groups), dtype=torch.bool)
     if args.rows:  # the first of every group: rows of a group are in random order
@@ -303,6 +309,7 @@ def main(args):
     world, calib = World(), load_calib(args.run)
     knobs = "wbits abits metric mrq tgq rounds layers weight_granularity rows tag"
     settings = {key: getattr(args, key) for key in knobs.split()}
+    settings |= load_grads("embed", args)["settings"]  # written last: all are there
     settings["sampling"] = {k: v for k, v in calib["settings"].items() if k != "config"}
     inputs = {"calib": sha256_of(args.run / "calib.pt"), **calib["inputs"]}
     head = header("quant", settings, inputs, args.device)
@@ -329,7 +336,6 @@ def main(args):
         print_report(head["report"])
         flags = f"--wbits {args.wbits} --abits {args.abits}{' --tag ' * bool(args.tag)}{args.tag}"
         print(f"Next: python 04_sample.py --run {args.run} {flags}")
-    world.leave()
 
 
 if __name__ == "__main__":

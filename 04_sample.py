@@ -154,7 +154,6 @@ def main(args):
         parts.clear()
         print(f"wrote {path} and its .png: {len(images)} images, sha256 {sha256_of(path)[:12]}")
         print(f"Next: python 05_eval_fid.py --run {args.run} --reference REFERENCE.npz")
-    world.leave()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Shapes: N samples, C channels, S tokens, D width, H heads.
 """
 
 import argparse
+import atexit
 import errno
 import hashlib
 import json
@@ -603,15 +604,12 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1:
             dist.init_process_group("gloo")
+            atexit.register(dist.destroy_process_group)
 
     def wait(self):
         """Until every process is here."""
         if self.size > 1:
             dist.barrier()
-
-    def leave(self):
-        if self.size > 1:
-            dist.destroy_process_group()
 
 
 def sha256_of(path):
@@ -857,7 +855,9 @@ def load_calib(run):
     calib = load_artifact(path, "calib", "01_collect_calib.py")
     settings = calib["settings"]
     for part in ("calibration", "validation"):
-        rows = calib[part]
+        rows = calib.get(part, {})
+        if not {"x", "x_0", "t", "y", "group"} <= rows.keys():
+            raise InputError(f"{path} is damaged: parts are missing; run 01 --force")
         if not all(torch.isfinite(rows[key]).all() for key in ("x", "x_0")):
             raise InputError(f"{path}: NaN or infinity in its {part} rows; run 01 --force")
         check_labels(rows["y"], settings["config"]["num_classes"] + 1, f"{path} {part}")

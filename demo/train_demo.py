@@ -121,7 +121,7 @@ def train_dit(args, name, images, labels, config):
     torch.manual_seed(args.seed)
     model = initialize(DiT(**config)).to(args.device)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     diffusion = Diffusion(1000, args.device)
     kept, first = args.out / f"train_{name}.pt", 0
     if kept.exists():
@@ -147,8 +147,7 @@ def train_dit(args, name, images, labels, config):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))
-        for k, v in model.state_dict().items():
-            ema[k].lerp_(v, 1 - decay)
+        torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - decay)
         if step % 100 == 0:
             bar.set_postfix(mse=f"{mse.item():.4f}", bound=f"{bound.item():.3f}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
