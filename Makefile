@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY = .venv/bin/python
 RUN ?= runs/demo
-DEMO = --ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --steps 50
+DEMO = --ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --steps 50 --cfg-scale 2
 SCORE = --reference demo/reference_mnist.npz --features demo/features_mnist.pt
 IMAGES ?= 200
 
