@@ -122,6 +122,9 @@ def find_checkpoint(args):
 
 
 def check_model(args, config):
+    channels = config["in_channels"]
+    if channels not in ((1, 3) if args.vae == "none" else (4,)):
+        raise InputError(f"--vae {args.vae} does not go with the checkpoint's {channels} channels")
     for key, value in DiT_models.get(args.model, {}).items():
         if config[key] != value:
             raise InputError(f"--model {args.model} has {key} {value}, --ckpt has {config[key]}")
@@ -153,7 +156,7 @@ def main(args):
     head["validation"] = {key: value[split:].clone() for key, value in rows.items()}
     save_artifact(path, head)
     parts.clear()
-    print(f"n G = {split} calibration rows.  Next: python 02_grad_cache.py --run {args.run}")
+    print(f"wrote {path}, n G = {split} rows.  Next: python 02_grad_cache.py --run {args.run}")
 
 
 if __name__ == "__main__":

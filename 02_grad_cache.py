@@ -126,7 +126,7 @@ def main(args):
     backward_pass(model, parts, head, args)
     parts.clear()
     sizes = [file.stat().st_size for file in last.parent.glob("*.pt")]
-    print(f"wrote {len(sizes)} files in {last.parent}, {sum(sizes) / 2**20:.0f} MiB")
+    print(f"wrote {len(sizes)} files in {last.parent}, {sum(sizes) / 2**20:.0f} MiB.  ", end="")
     print(f"Next: python 03_quantize.py --run {args.run} --wbits 8 --abits 8")
 
 

@@ -109,15 +109,17 @@ def capture(function, layer, inputs, grads, groups, args):
     return chunks
 
 
-def patch_dead(chunks, groups):
+def patch_dead(chunks, groups, channel=-1):
     """Where the loss has no gradient, an output channel or a whole time group falls back to plain
     squared error (Deviation D2), weighted like the rest of the layer. Returns new chunks."""
     grads = torch.cat([grad for grad, *_ in chunks])
     size = grads.abs()
     largest = torch.stack([size[groups == i].max() for i in range(int(groups.max()) + 1)])
     dead_row = (largest <= 1e-4 * size.max())[groups].view(-1, *[1] * (grads.ndim - 1))
-    dead = dead_row | (size.flatten(0, -2).amax(0) == 0)
-    rms = torch.ones(()) if dead.all() else grads[~dead.expand_as(grads)].square().mean().sqrt()
+    others = [d for d in range(grads.ndim) if d != channel % grads.ndim]
+    dead = dead_row | (size.amax(others, keepdim=True) == 0)
+    alive = (~dead).expand_as(grads).sum()
+    rms = (torch.where(dead, 0, grads).square().sum() / alive).sqrt() if alive else torch.ones(())
     grads = torch.where(dead, rms, grads)
     parts = grads.split(len(chunks[0][0]))
     return [[grad, *rest] for grad, (_, *rest) in zip(parts, chunks, strict=True)]
@@ -188,7 +190,7 @@ def quantize_linear(layer, chunks, post_gelu, args):
     return dict(
         type="conv" if isinstance(layer, nn.Conv2d) else "linear",
         weight=pack_weight(layer.weight.cpu(), step.cpu(), zero.cpu(), args.wbits),
-        bias=layer.bias.cpu(),
+        bias=layer.bias.detach().cpu(),
         act=quantizer_state(act),
     )
 
@@ -208,7 +210,7 @@ def quantize_matmul(chunks, post_softmax, groups, args):
         grad, y, a, b, group = chunk
         delta = vary_a(qa, value)(a, group) @ qb(b) - y
         loss = hessian_loss(delta, grad, dim=(1, 2, 3))  # (rows,)
-        return loss.new_zeros(count).index_add(0, group, loss) if by_group else loss.sum()
+        return F.one_hot(group, count).to(loss).T @ loss if by_group else loss.sum()
 
     def b_loss(chunk, value):
         grad, y, a, b, group = chunk
@@ -229,7 +231,7 @@ def quantize_matmul(chunks, post_softmax, groups, args):
 @torch.no_grad()
 def layer_cost(state, chunks, args):
     """The finished layer's error, Eq. (16), and its output's energy, both weighted by the gradient
-    whatever --metric is, so that runs compare."""
+    (or D2's stand-in for it) whatever --metric is, so that runs compare."""
     layer, cost, energy = LAYERS[state["type"]](state).to(args.device), 0.0, 0.0
     for chunk in chunks:
         grad, y, *inputs, group = (x.to(args.device) for x in chunk)
@@ -246,7 +248,8 @@ def quantize_unit(name, model, calib, args):
     with unit_on(model, name, args.device) as function:
         for child in RELEASED[kind] + (EXTRA[kind] if args.layers == "all" else ()):
             layer = model.get_submodule(prefix + child)
-            chunks = patch_dead(capture(function, layer, inputs, grads, groups, args), groups)
+            chunks = capture(function, layer, inputs, grads, groups, args)
+            chunks = patch_dead(chunks, groups, 1 if isinstance(layer, nn.Conv2d) else -1)
             if isinstance(layer, MatMul):  # line 23
                 state = quantize_matmul(chunks, child == "attn.av", groups, args)
             else:  # line 15
@@ -310,8 +313,10 @@ def main(args):
     knobs = "wbits abits metric mrq tgq rounds layers weight_granularity rows tag"
     settings = {key: getattr(args, key) for key in knobs.split()}
     settings |= load_grads("embed", args)["settings"]  # written last: all are there
-    settings["sampling"] = {k: v for k, v in calib["settings"].items() if k != "config"}
+    knobs = "steps groups cfg_scale cfg_channels vae"  # all that 04 needs to know of Phase 1
+    settings["sampling"] = {key: calib["settings"][key] for key in knobs.split()}
     inputs = {"calib": sha256_of(args.run / "calib.pt"), **calib["inputs"]}
+    inputs["grads"] = sha256_of(args.run / "grads" / "embed.pt")
     head = header("quant", settings, inputs, args.device)
     path = args.run / f"quant_{model_name(args)}.pt"
     parts, done = Parts(path, head), {}
@@ -331,11 +336,11 @@ def main(args):
         head["report"] = signal_to_noise(model.to(args.device), quantized, calib, args)
         keys = ("cost", "energy")
         head["report"]["layers"] = {n: {k: d[k] for k in keys} for n, d in done.items()}
+        print_report(head["report"])
         save_artifact(path, head)
         parts.clear()
-        print_report(head["report"])
         flags = f"--wbits {args.wbits} --abits {args.abits}{' --tag ' * bool(args.tag)}{args.tag}"
-        print(f"Next: python 04_sample.py --run {args.run} {flags}")
+        print(f"wrote {path}.  Next: python 04_sample.py --run {args.run} {flags}")
 
 
 if __name__ == "__main__":

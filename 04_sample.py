@@ -11,8 +11,8 @@ any number of processes and for every model, so samples of two models pair up.
 
 import json
 import os
-import zipfile
 from contextlib import nullcontext
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ def finished(path, head, force):
     try:
         with np.load(path) as old:
             return same_result(path, json.loads(str(old["meta"])), head)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, LookupError, TypeError, ValueError, BadZipFile) as error:
         raise InputError(f"{path} is damaged ({error}); --force replaces it") from error
 
 
@@ -137,7 +137,7 @@ def main(args):
     vae = None if settings["vae"] == "none" else load_vae(settings["vae"]).to(device)
     model = model.to(device)
     if args.compile:
-        model.forward = torch.compile(model.forward)
+        model.compile()
     batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size), strict=True))
     mine = [i for i in range(world.rank, len(batches), world.size) if not parts.has(i)]
     with tqdm(total=len(mine) * (diffusion.steps + 1), desc=f"04 {path.stem}", unit="step") as bar:
@@ -152,7 +152,7 @@ def main(args):
         save_grid(path.with_suffix(".png"), images)
         write_atomic(path, lambda file: np.savez(file, **arrays))  # last: it says all is done
         parts.clear()
-        print(f"wrote {path} and its .png: {len(images)} images, sha256 {sha256_of(path)[:12]}")
+        print(f"wrote {path} and its .png: {len(images)} images.  ", end="")
         print(f"Next: python 05_eval_fid.py --run {args.run} --reference REFERENCE.npz")
 
 

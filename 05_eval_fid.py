@@ -267,7 +267,8 @@ def print_table(rows):
         for row in group:
             cells = [*map(row.get, columns), (row["model_bytes"] or 0) / 2**20 or None]
             cells = "".join("          -" if c is None else f"{c:11.5g}" for c in cells)
-            print(f"{row['name']:16}{cells} ", row["note"])
+            comparable = "" if space == "demo" or row["comparable"] else "(N is not comparable)"
+            print(f"{row['name']:16}{cells} ", row["note"], comparable)
 
 
 def by_bits(row):
@@ -277,7 +278,8 @@ def by_bits(row):
 
 def save_comparison(path, rows, columns=10):
     """A labelled row of the first images of every model that was sampled from the same seeds."""
-    files = {row["name"]: path.parent / row["file"] for row in rows}
+    paired = [row for row in rows if row["name"] == "fp" or row["psnr"] is not None] or rows
+    files = {row["name"]: path.parent / row["file"] for row in paired}
     images = {name: read(f)["arr_0"][:columns] for name, f in files.items() if f.exists()}
     height, width = 64, 64 + 64 * columns  # of a row; the label takes one cell
     sheet = Image.new("RGB", (width, height * len(images)), "white")

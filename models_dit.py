@@ -21,6 +21,7 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -146,7 +147,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.mlp = Mlp(hidden_size, round(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c, group=None):
@@ -227,7 +228,7 @@ class DiT(nn.Module):
         """Classifier-free guidance. The second half of the batch repeats the first under the null
         label. As in the public DiT code only the first three channels of eps are guided."""
         half = len(x) // 2
-        out = self.forward(torch.cat([x[:half], x[:half]]), t, y)
+        out = self(torch.cat([x[:half], x[:half]]), t, y).float()
         guided = min(cfg_channels, self.in_channels)
         eps, rest = out[:, :guided], out[:, guided:]
         cond, uncond = eps[:half], eps[half:]
@@ -352,7 +353,7 @@ def draw_noise(generators, shape, device):
 def trajectory(model, diffusion, y, generators, cfg_scale, cfg_channels=3):
     """Yield (t, x_t) for t = T-1..0, then (-1, x_0). x_t is (N, C, H, W); y is (N,) labels.
 
-    `model` is a DiT, or anything with its `forward` and `forward_with_cfg`.
+    `model` is a DiT, quantized or not.
     """
     shape, device = (model.in_channels, model.input_size, model.input_size), y.device
     x = draw_noise(generators, shape, device)
@@ -362,7 +363,7 @@ def trajectory(model, diffusion, y, generators, cfg_scale, cfg_channels=3):
         index = torch.full_like(y, t)
         told = diffusion.timestep_map[index]
         if cfg_scale == 1:
-            out = model.forward(x, told, y)
+            out = model(x, told, y)
         else:
             pair = torch.cat([x, x]), torch.cat([told, told]), torch.cat([y, null])
             out = model.forward_with_cfg(*pair, cfg_scale, cfg_channels)[: len(x)]
@@ -569,6 +570,8 @@ def run_script(main, parse_args):
         main(parse_args())
     except InputError as error:
         sys.exit(_fail(script, error))
+    except torch.OutOfMemoryError:
+        sys.exit(_fail(script, "out of GPU memory: give a smaller --batch-size"))
     except KeyboardInterrupt:
         sys.exit(_fail(script, "interrupted; the same command again continues", status=130))
 
@@ -582,11 +585,15 @@ def pick_device(name):
     """`cuda`, `cuda:1` or `cpu` as a torch.device, with TF32 off: same seed, same result."""
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: no CUDA device is available; use --device cpu")
-    if not name.startswith(("cuda", "cpu")):
-        raise InputError(f"--device {name}: use cpu, cuda or cuda:N")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()}")
+    return device
 
 
 def model_name(args):
@@ -603,7 +610,7 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest unit
             atexit.register(dist.destroy_process_group)
 
     def wait(self):
@@ -636,8 +643,8 @@ def write_atomic(path, write):
         raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}{advice}") from error
 
 
-def load_state(path, what):
-    """`torch.load` that runs no code: tensors and plain containers only.
+def load_state(path, what, allowed=()):
+    """`torch.load` that runs no code: tensors and plain containers, and classes `allowed` only.
 
     Raises InputError if the file is missing, truncated, or holds anything else.
     """
@@ -645,7 +652,7 @@ def load_state(path, what):
     if not path.is_file():
         raise InputError(f"{path}: no such file ({what})")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's train.py saves one
+        with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged or hostile file
         kind = "holds pickled objects, refused" if "nsupported" in str(error) else "is damaged"
@@ -836,7 +843,7 @@ def build_dit(config, state, source):
 
 def load_dit(ckpt, num_heads=None):
     """(model, config) of a checkpoint, plain or with an `ema` entry as DiT's train.py saves it."""
-    state = load_state(ckpt, "a DiT checkpoint")
+    state = load_state(ckpt, "a DiT checkpoint", [argparse.Namespace])  # train.py saves one
     state = state.get("ema", state) if isinstance(state, dict) else state
     config = read_config(state, num_heads)
     return build_dit(config, state, ckpt), config
@@ -902,14 +909,13 @@ def unit_on(model, name, device):
     parts = [module] if prefix else [model.x_embedder, model.t_embedder, model.y_embedder]
     for part in parts:
         part.to(device)
-    if prefix:
-        yield lambda x, c: (module(x, c),)
-    else:
-        model.pos_embed.data = model.pos_embed.data.to(device)
-        yield model.embed
+    model.pos_embed.data = model.pos_embed.data.to(device)
+    try:
+        yield (lambda x, c: (module(x, c),)) if prefix else model.embed
+    finally:
         model.pos_embed.data = model.pos_embed.data.cpu()
-    for part in parts:
-        part.cpu()
+        for part in parts:
+            part.cpu()
 
 
 def explicit_products(model):

@@ -14,7 +14,7 @@ Pure functions first, thin modules after. Everything runs where its arguments li
 
     Eq. (5)  qparams_from_range, quantize, dequantize, fake_quant    Eq. (9)        time_group
     Eq. (6)  the grid: dequantize(0..2^k - 1)                        Eq. (15)-(16)  hessian_loss
-    Eq. (7), (8), (12), (17)  search, over step_grid or softmax_grid
+    Eq. (8), (12), (17)  search, over step_grid or softmax_grid
     Sec. III-C  mrq_softmax, mrq_gelu and their codes
 """
 
@@ -90,25 +90,14 @@ def mrq_softmax_values(codes: Tensor, step1: Tensor, bits: int) -> Tensor:
     return torch.where(codes >= half, (codes + 1 - half) / half, codes * step1)
 
 
-def _gelu_regions(x: Tensor, step1: Tensor, step2: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Level in R1 and level in R2. Each is 0 in the other's region, so adding them chooses."""
-    half = 2 ** (bits - 1)
-    return (x / step1).round_().clamp_(-half, 0), (x / step2).round_().clamp_(0, half - 1)
-
-
 def mrq_gelu(x: Tensor, step1: Tensor, step2: Tensor, bits: int) -> Tensor:
     """x on the two-region grid of GELU outputs: step1 below zero, step2 above; 0 stays 0.
 
     R1 holds the levels -2^(k-1)..-1 and R2 holds 0..2^(k-1) - 1 (D8, D9).
     """
-    low, high = _gelu_regions(x, step1, step2, bits)
-    return low.mul_(step1).add_(high.mul_(step2))
-
-
-def mrq_gelu_codes(x: Tensor, step1: Tensor, step2: Tensor, bits: int) -> Tensor:
-    """Signed k-bit codes of `mrq_gelu`, as floats; their sign names the region."""
-    low, high = _gelu_regions(x, step1, step2, bits)
-    return low.add_(high)
+    half = 2 ** (bits - 1)
+    low, high = (x / step1).round_().clamp_(-half, 0), (x / step2).round_().clamp_(0, half - 1)
+    return low.mul_(step1).add_(high.mul_(step2))  # each is 0 in the other's region
 
 
 # ------------------------------------------------------------------------------------------------
@@ -382,9 +371,10 @@ def build_quantized(artifact: dict, source) -> nn.Module:
     The file holds `config`, `state` (the parameters left in full precision), `layers` (the state
     of every quantized layer, by name) and `group_table`, the (1000,) time group of every timestep.
     """
-    with torch.device("meta"):
-        model = DiT(**artifact["config"])
     try:
+        with torch.device("meta"):
+            model = DiT(**artifact["config"])
+        model.group_table = artifact["group_table"]
         _, unexpected = model.load_state_dict(artifact["state"], strict=False, assign=True)
         for name, state in artifact["layers"].items():
             swap_layer(model, name, LAYERS[state["type"]](state))
@@ -394,7 +384,6 @@ def build_quantized(artifact: dict, source) -> nn.Module:
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing or unexpected:
         raise InputError(f"{source} is damaged: {(missing + unexpected)[0]}; run 03 again")
-    model.group_table = artifact["group_table"]
     return model.eval().requires_grad_(False)
 
 

@@ -184,7 +184,9 @@ def test_image_noise_is_keyed_by_seed_and_index():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, dict(in_channels=1, learn_sigma=False), dict(mlp_ratio=2)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(in_channels=1, learn_sigma=False), dict(mlp_ratio=61 / 24)]
+)
 def test_load_dit_reads_the_shape_off_the_checkpoint(tmp_path, changes):
     """Plain state dict: width, depth, patch, channels, classes and input size need no flag."""
     model = lively(**changes)

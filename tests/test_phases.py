@@ -141,6 +141,16 @@ def test_patch_dead_gives_plain_squared_error_where_there_is_no_gradient():
     assert torch.equal(found[:4][..., [0, 2]], grad[:4][..., [0, 2]])
 
 
+def test_patch_dead_knows_a_convolution_s_channels():
+    """The channel of (N, O, H, W) is its second axis, not its last."""
+    grad = torch.randn(2, 3, 4, 4)
+    grad[:, 2], grad[:, 0, :, 1] = 0, 0
+    (found, _), = PHASE3.patch_dead([[grad, None]], torch.tensor([0, 1]), channel=1)
+    expected = grad[:, :2].square().mean().sqrt().expand(2, 4, 4)
+    torch.testing.assert_close(found[:, 2], expected)
+    assert torch.equal(found[:, :2], grad[:, :2])
+
+
 def test_final_layer_falls_back_in_the_variance_channels_only(tiny_run):
     """D2: Eq. (11) never sees the learned variance, so those gradients are exactly zero."""
     calib, args = m.load_calib(tiny_run), options(run=tiny_run)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -259,6 +260,7 @@ REFUSALS = {  # script, flags, what happens to the run before, words of the line
     "device unknown": ("02", "--device abacus", None, "abacus"),
     "calib truncated": ("02", "", cut("calib.pt"), "calib.pt is damaged"),
     "calib hostile": ("02", "", poison("calib.pt"), "holds pickled objects, refused"),
+    "calib Namespace": ("02", "", edit(lambda c: c.update(git=Namespace())), "refused"),
     "calib of a phase": ("02", "", copy("grads/final.pt", "calib.pt"), "is grads, not calib"),
     "calib NaN": ("02", "", edit(lambda c: c["calibration"]["x"][3].fill_(np.nan)), "NaN"),
     "calib label": ("02", "", edit(lambda c: c["calibration"]["y"][3].fill_(77)), "label 77"),
