@@ -154,9 +154,9 @@ def main(args):
     split = len(calibration["t"])
     head["calibration"] = {key: value[:split].clone() for key, value in rows.items()}
     head["validation"] = {key: value[split:].clone() for key, value in rows.items()}
-    save_artifact(path, head)
+    wrote = save_artifact(path, head)
     parts.clear()
-    print(f"wrote {path}, n G = {split} rows.  Next: python 02_grad_cache.py --run {args.run}")
+    print(f"{wrote}, n G = {split} rows.  Next: python 02_grad_cache.py --run {args.run}")
 
 
 if __name__ == "__main__":

@@ -337,10 +337,10 @@ def main(args):
         keys = ("cost", "energy")
         head["report"]["layers"] = {n: {k: d[k] for k in keys} for n, d in done.items()}
         print_report(head["report"])
-        save_artifact(path, head)
+        wrote = save_artifact(path, head)
         parts.clear()
         flags = f"--wbits {args.wbits} --abits {args.abits}{' --tag ' * bool(args.tag)}{args.tag}"
-        print(f"wrote {path}.  Next: python 04_sample.py --run {args.run} {flags}")
+        print(f"{wrote}.  Next: python 04_sample.py --run {args.run} {flags}")
 
 
 if __name__ == "__main__":

@@ -697,8 +697,10 @@ def load_artifact(path, kind, made_by):
 
 
 def save_artifact(path, artifact):
+    """Write it, and return the sentence that says so."""
     write_atomic(path, lambda file: torch.save(artifact, file))
-    print(f"wrote {path}  {os.path.getsize(path) / 2**20:.2f} MiB  sha256 {sha256_of(path)[:12]}")
+    size = os.path.getsize(path) / 2**20
+    return f"wrote {path}, {size:.2f} MiB, sha256 {sha256_of(path)[:12]}"
 
 
 def already_made(path, head, force):
