@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from models_dit import (
-    DIT_URL, Diffusion, DiT_models, InputError, Parser, Parts, already_made, download, header,
-    image_generators, load_dit, run_script, save_artifact, sha256_of, trajectory,
+    DIT_URL, Diffusion, DiT_models, InputError, Parser, Parts, already_made, at_least_one, download,
+    header, image_generators, load_dit, run_script, save_artifact, sha256_of, trajectory,
 )
 from quant_ops import time_group
 
@@ -46,9 +46,7 @@ def parse_args():
 def check(args):
     if not 1 <= args.groups <= args.steps:
         raise InputError(f"--groups {args.groups}: G must be 1..T, and T is {args.steps}")
-    for flag in ("per_group", "trajectories", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
+    at_least_one(args, "per_group", "trajectories", "batch_size")
     if args.trajectories * (args.steps // args.groups) < args.per_group:
         raise InputError(f"--per-group {args.per_group} needs more --trajectories")
     if args.seed < 0 or args.cfg_channels < 1 or not math.isfinite(args.cfg_scale):

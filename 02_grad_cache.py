@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from models_dit import (
-    Diffusion, InputError, Parser, Parts, already_made, draw_noise, explicit_products, header,
-    image_generators, load_calib, load_calibrated, run_script, sha256_of, unit_on,
-    units, write_atomic,
+    Diffusion, Parser, Parts, already_made, at_least_one, draw_noise, explicit_products, header,
+    image_generators, load_calib, load_calibrated, run_script, sha256_of, unit_on, units,
+    write_atomic,
 )
 
 STREAM = 2  # of random numbers, for --eps renoise
@@ -105,8 +105,7 @@ def backward_pass(model, parts, head, args):
 
 
 def main(args):
-    if args.batch_size < 1:
-        raise InputError("--batch-size must be at least 1")
+    at_least_one(args, "batch_size")
     calib = load_calib(args.run)
     inputs = {"calib": sha256_of(args.run / "calib.pt")}
     head = header("grads", {"eps": args.eps}, inputs, args.device)

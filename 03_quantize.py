@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models_dit import (
-    Diffusion, InputError, MatMul, Parser, Parts, World, already_made, explicit_products, header,
-    load_artifact, load_calib, load_calibrated, model_name, run_script, save_artifact,
-    sha256_of, unit_on, units,
+    Diffusion, InputError, MatMul, Parser, Parts, World, already_made, at_least_one, check_bits,
+    explicit_products, header, load_artifact, load_calib, load_calibrated, model_name, run_script,
+    save_artifact, sha256_of, unit_on, units,
 )
 from quant_ops import (
     LAYERS, FullPrecision, build_quantized, fake_quant, gelu_candidates, group_table, hessian_loss,
@@ -298,17 +298,9 @@ def print_report(report):
     print(", ".join(f"{name} {layer['cost'] / total:.0%}" for name, layer in costliest))
 
 
-def check(args):
-    for flag in ("wbits", "abits"):
-        if not 2 <= getattr(args, flag) <= 8:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be 2..8")
-    for flag in ("rounds", "rows", "batch_size"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
-
-
 def main(args):
-    check(args)
+    check_bits(args)
+    at_least_one(args, "rounds", "rows", "batch_size")
     world, calib = World(), load_calib(args.run)
     knobs = "wbits abits metric mrq tgq rounds layers weight_granularity rows tag"
     settings = {key: getattr(args, key) for key in knobs.split()}

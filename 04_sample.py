@@ -20,9 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from models_dit import (
-    VAE_SCALE, Diffusion, InputError, Parser, Parts, World, check_labels, header, image_generators,
-    load_artifact, load_calib, load_calibrated, load_vae, model_name, run_script,
-    same_result, sha256_of, trajectory, write_atomic,
+    VAE_SCALE, Diffusion, InputError, Parser, Parts, World, at_least_one, check_bits, check_labels,
+    header, image_generators, load_artifact, load_calib, load_calibrated, load_vae, model_name,
+    run_script, same_result, sha256_of, trajectory, write_atomic,
 )
 from quant_ops import build_quantized, group_table
 
@@ -47,14 +47,11 @@ def parse_args():
 def check(args):
     if args.fp == (args.wbits is not None or args.abits is not None):
         raise InputError("give either --fp or both --wbits and --abits")
-    for flag in ("wbits", "abits"):
-        value = getattr(args, flag)
-        if not args.fp and (value is None or not 2 <= value <= 8):
-            raise InputError(f"--{flag} {value}: must be 2..8")
-    if args.steps is not None and args.steps < 1:
-        raise InputError(f"--steps {args.steps}: must be at least 1")
-    if min(args.num_images, args.batch_size) < 1 or min(args.first, args.seed) < 0:
-        raise InputError("--num-images, --batch-size: at least 1; --first, --seed: not negative")
+    if not args.fp:
+        check_bits(args)
+    at_least_one(args, "steps", "num_images", "batch_size")
+    if min(args.first, args.seed) < 0:
+        raise InputError("--first and --seed must not be negative")
 
 
 def load_model(args):

@@ -596,6 +596,19 @@ def pick_device(name):
     return device
 
 
+def at_least_one(args, *flags):
+    for flag in flags:
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
+
+
+def check_bits(args):
+    for flag in ("wbits", "abits"):
+        bits = getattr(args, flag)
+        if bits is None or not 2 <= bits <= 8:
+            raise InputError(f"--{flag} {bits}: must be 2..8")
+
+
 def model_name(args):
     """`fp`, or `wXaY` with its tag: the part of a file's name that says which model."""
     if getattr(args, "fp", False):
