@@ -7,10 +7,11 @@ ratio of eps on rows it was not fitted to, and the layers that cost most.
 
     python 03_quantize.py --run runs/xl --wbits 8 --abits 8
     python 03_quantize.py --run runs/xl --wbits 6 --abits 6 --tag b --metric mse --no-mrq --no-tgq
+    python 03_quantize.py --run runs/xl --wbits 4 --abits 8 --preset best      # beyond the paper
     torchrun --nproc_per_node=8 -- 03_quantize.py --run runs/xl --wbits 6 --abits 6
 """
 
-from argparse import BooleanOptionalAction
+from argparse import BooleanOptionalAction, Namespace
 
 import torch
 import torch.nn as nn
@@ -18,14 +19,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models_dit import (
-    Diffusion, InputError, MatMul, Parser, Parts, World, already_made, at_least_one, check_bits,
-    explicit_products, header, load_artifact, load_calib, load_calibrated, model_name, run_script,
-    save_artifact, sha256_of, unit_on, units,
+    Diffusion, InputError, Linear, MatMul, Parser, Parts, World, already_made, at_least_one,
+    check_bits, explicit_products, header, load_artifact, load_calib, load_calibrated, model_name,
+    run_script, save_artifact, sha256_of, unit_on, units,
 )
 from quant_ops import (
-    LAYERS, FullPrecision, build_quantized, fake_quant, gelu_candidates, group_table, hessian_loss,
-    pack_weight, qparams_from_range, quantizer_state, search, softmax_candidates, step_grid,
-    uniform_candidates,
+    LAYERS, FullPrecision, balance_factors, build_quantized, compensated_rounding, fake_quant,
+    gelu_candidates, group_table, hessian_loss, pack_weight, qparams_from_range,
+    quantizer_state, search, softmax_candidates, step_grid, uniform_candidates,
 )
 
 RELEASED = {  # Deviation D6: the layers of the authors' release, by the unit they are in
@@ -33,10 +34,16 @@ RELEASED = {  # Deviation D6: the layers of the authors' release, by the unit th
     "block": ("attn.qkv", "attn.qk", "attn.av", "attn.proj", "mlp.fc1", "mlp.fc2"),
     "final": ("linear",),
 }
-EXTRA = {  # and the linear layers that --layers all adds
+EXTRA = {  # and the linear layers that --layers all or --cond-bits adds
     "embed": ("t_embedder.mlp.0", "t_embedder.mlp.2"),
     "block": ("adaLN_modulation.1",),
     "final": ("adaLN_modulation.1",),
+}
+BALANCE = (None, 0.5, 1.0)  # strengths that --balance tries for each layer
+PRESETS = {
+    "paper": {},
+    "best": dict(tag="best", rounds=1, edge_bits=8, cond_bits=8)
+    | dict(tgq_inputs=True, balance=True, rounding="gptq"),
 }
 
 
@@ -54,8 +61,28 @@ def parse_args():
     )
     p.paper.add_argument("--rows", type=int, help="search on a stratified subset of the rows")
     p.paper.add_argument("--tag", default="", help="names the file quant_wXaY_TAG.pt")
+    more = p.add_argument_group("beyond the paper (off by default)")
+    more.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="best: all below")
+    more.add_argument("--edge-bits", type=int, help="bits of the first and the last layer")
+    more.add_argument("--cond-bits", type=int, help="bits of adaLN's and the embedders' weights")
+    more.add_argument("--tgq-inputs", action=flag, default=False, help="TGQ for inputs of linears")
+    more.add_argument("--balance", action=flag, default=False, help="even out input channels")
+    more.add_argument("--rounding", choices=("nearest", "gptq"), default="nearest", help="weights")
     p.machine.add_argument("--batch-size", type=int, default=8, help="calibration rows at a time")
+    p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])  # other flags win over the preset
     return p.parse_args()
+
+
+def changed(args, **changes):
+    return Namespace(**vars(args) | changes)
+
+
+def check(args):
+    optional = [flag for flag in ("edge_bits", "cond_bits") if getattr(args, flag) is not None]
+    check_bits(args, "wbits", "abits", *optional)
+    at_least_one(args, "rounds", "rows", "batch_size")
+    if args.cond_bits and args.layers == "all":
+        raise InputError("--cond-bits is for --layers released: all quantizes those layers too")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -125,12 +152,14 @@ def patch_dead(chunks, groups, channel=-1):
     return [[grad, *rest] for grad, (_, *rest) in zip(parts, chunks, strict=True)]
 
 
-def as_matrices(layer, grad, y, x, _):
-    """A convolution's or linear layer's chunk as matrices: grad, y less bias (R, O), x (R, I)."""
+def as_matrices(layer, grad, y, x, group):
+    """A convolution's or linear layer's chunk, a row for each token: grad, y less bias (R, O),
+    x (R, I), group (R,)."""
     if isinstance(layer, nn.Conv2d):
         x = F.unfold(x, layer.kernel_size, stride=layer.stride).transpose(1, 2)
-        y, grad = y.movedim(1, -1), grad.movedim(1, -1)
-    return grad.flatten(0, -2), (y - layer.bias.cpu()).flatten(0, -2), x.flatten(0, -2)
+        y, grad = y.flatten(2).transpose(1, 2), grad.flatten(2).transpose(1, 2)
+    grad, y, x = (v.flatten(0, -2) for v in (grad, y - layer.bias.cpu(), x))
+    return grad, y, x, group.repeat_interleave(len(x) // len(group))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -144,55 +173,88 @@ def stream(chunks, args):
         yield [x.to(args.device) for x in (weight, *rest)]
 
 
-def value_range(tensors, args):
-    lows, highs = zip(*(x.aminmax() for x in tensors), strict=True)
-    return torch.stack(lows).amin().to(args.device), torch.stack(highs).amax().to(args.device)
-
-
-def group_range(tensors, groups, args):
-    """Range of the rows of every time group, (G,) each."""
+def value_range(tensors, args, groups=None):
+    """Least and greatest value, () each; given the rows' time groups, those of each, (G,)."""
     low, high = torch.cat([torch.stack(x.flatten(1).aminmax(dim=1)) for x in tensors], dim=1)
+    if groups is None:
+        return low.amin().to(args.device), high.amax().to(args.device)
     mine = [groups == i for i in range(int(groups.max()) + 1)]
     ends = [low[rows].min() for rows in mine], [high[rows].max() for rows in mine]
     return [torch.stack(end).to(args.device) for end in ends]
 
 
-def quantize_linear(layer, chunks, post_gelu, args):
-    """Lines 15-22: alternate Delta_W and Delta_X for R rounds. Returns the layer's state."""
-    weight, alphas = layer.weight.flatten(1), step_grid().to(args.device)
+def per_group(loss, group, count):
+    """Losses of rows (R,), summed within each time group, (G,)."""
+    return F.one_hot(group, count).to(loss).T @ loss
+
+
+def quantize_linear(weight, chunks, kind, args):
+    """Lines 15-22: alternate Delta_W and Delta_X for R rounds. `weight` is (O, I), `kind` says what
+    the inputs are. Returns the rounded weight, its step and zero point, and the input quantizer."""
+    alphas = step_grid().to(args.device)
     low, high = weight.aminmax(dim=1, keepdim=True)  # (O, 1)
     if args.weight_granularity == "tensor":
         low, high = low.amin(), high.amax()
     step0, zero = qparams_from_range(low, high, args.wbits)
-    make = gelu_candidates if post_gelu and args.mrq else uniform_candidates
-    act, searches = make(*value_range([x for _, _, x in chunks], args), args.abits)
-    if isinstance(layer, nn.Conv2d) and args.layers == "released":
-        act, searches = FullPrecision(), []  # D6: of the patch embedding only the weight
+    groups = torch.cat([group for *_, group in chunks]) if args.tgq_inputs else None
+    make = gelu_candidates if kind == "gelu" and args.mrq else uniform_candidates
+    act, searches = make(*value_range([x for _, _, x, _ in chunks], args, groups), args.abits)
+    if kind == "fp":
+        act, searches = FullPrecision(), []
 
     def weight_loss(chunk, alpha):
-        grad, y, x = chunk
+        grad, y, x, _ = chunk
         w = fake_quant(weight, alpha * step0, zero, args.wbits)
         loss = hessian_loss(torch.addmm(y, x, w.T, beta=-1), grad, dim=0)  # (O,)
         return loss[:, None] if step0.ndim else loss.sum()
 
     def input_loss(chunk, value):
-        grad, y, x = chunk
-        return hessian_loss(torch.addmm(y, vary(act, value)(x), w.T, beta=-1), grad)
+        grad, y, x, group = chunk
+        delta = torch.addmm(y, vary(act, value)(x, group), w.T, beta=-1)
+        if groups is None:
+            return hessian_loss(delta, grad)
+        return per_group(hessian_loss(delta, grad, dim=1), group, int(groups.max()) + 1)
 
     for _ in range(args.rounds):  # line 17
-        inputs = ([grad, y, act(x)] for grad, y, x in stream(chunks, args))
-        best, _ = search(weight_loss, alphas, inputs)
+        best, _ = search(weight_loss, alphas, quantized_inputs(act, chunks, args))
         step = alphas[best] * step0  # line 18
         w = fake_quant(weight, step, zero, args.wbits)
         for vary, values in searches:
             best, _ = search(input_loss, values, stream(chunks, args))
             act = vary(act, values[best])  # line 20 (MRQ) or line 22
-    return dict(
-        type="conv" if isinstance(layer, nn.Conv2d) else "linear",
-        weight=pack_weight(layer.weight.cpu(), step.cpu(), zero.cpu(), args.wbits),
-        bias=layer.bias.detach().cpu(),
-        act=quantizer_state(act),
-    )
+    if args.rounding == "gptq":
+        w = compensated_rounding(weight, step, zero, args.wbits, gram(act, chunks, args))
+    return w, step, zero, act
+
+
+def quantized_inputs(act, chunks, args):
+    for grad, y, x, group in stream(chunks, args):
+        yield grad, y, act(x, group), group
+
+
+def gram(act, chunks, args):
+    """Sum of x x^T over the quantized inputs x, (I, I), weighted by the mean squared gradient."""
+    total = 0
+    for grad, _, x, _ in quantized_inputs(act, chunks, args):
+        total = total + ((x * grad.square().mean(dim=1, keepdim=True)).T @ x).double()
+    return total
+
+
+def linear_state(layer, chunks, kind, strength, args):
+    """The state of a convolution or linear layer, its input channels balanced unless strength is
+    None (the product stays: inputs are divided by what the weight is multiplied by)."""
+    chunks = [as_matrices(layer, *chunk) for chunk in chunks]
+    weight, balance = layer.weight.detach().flatten(1), None
+    if strength is not None:
+        x_max = torch.stack([x.abs().amax(dim=0) for _, _, x, _ in chunks]).amax(dim=0)
+        balance = balance_factors(x_max, weight.cpu(), strength)
+        weight = weight * balance.to(args.device)
+        chunks = [(grad, y, x / balance, group) for grad, y, x, group in chunks]
+    w, step, zero, act = quantize_linear(weight, chunks, kind, args)
+    packed = pack_weight(w.view(layer.weight.shape).cpu(), step.cpu(), zero.cpu(), args.wbits)
+    act, bias = quantizer_state(act), layer.bias.detach().cpu()
+    kind = "conv" if isinstance(layer, nn.Conv2d) else "linear"
+    return dict(type=kind, weight=packed, bias=bias, act=act, balance=balance)
 
 
 def quantize_matmul(chunks, post_softmax, groups, args):
@@ -202,7 +264,7 @@ def quantize_matmul(chunks, post_softmax, groups, args):
     if post_softmax and args.mrq:
         qa, [(vary_a, values_a)] = softmax_candidates(args.abits, args.device)
     else:
-        low_high = group_range(a_all, groups, args) if by_group else value_range(a_all, args)
+        low_high = value_range(a_all, args, groups if by_group else None)
         qa, [(vary_a, values_a)] = uniform_candidates(*low_high, args.abits)
     qb, [(vary_b, values_b)] = uniform_candidates(*value_range(b_all, args), args.abits)
 
@@ -210,7 +272,7 @@ def quantize_matmul(chunks, post_softmax, groups, args):
         grad, y, a, b, group = chunk
         delta = vary_a(qa, value)(a, group) @ qb(b) - y
         loss = hessian_loss(delta, grad, dim=(1, 2, 3))  # (rows,)
-        return F.one_hot(group, count).to(loss).T @ loss if by_group else loss.sum()
+        return per_group(loss, group, count) if by_group else loss.sum()
 
     def b_loss(chunk, value):
         grad, y, a, b, group = chunk
@@ -230,32 +292,54 @@ def quantize_matmul(chunks, post_softmax, groups, args):
 
 @torch.no_grad()
 def layer_cost(state, chunks, args):
-    """The finished layer's error, Eq. (16), and its output's energy, both weighted by the gradient
-    (or D2's stand-in for it) whatever --metric is, so that runs compare."""
+    """The finished layer's error, Eq. (16), and its output's energy."""
     layer, cost, energy = LAYERS[state["type"]](state).to(args.device), 0.0, 0.0
-    for chunk in chunks:
-        grad, y, *inputs, group = (x.to(args.device) for x in chunk)
-        out = layer(*inputs, group) if state["type"] == "matmul" else layer(*inputs)
-        cost += hessian_loss(out - y, grad).item()
+    for grad, y, *inputs, group in stream(chunks, args):
+        cost += hessian_loss(layer(*inputs, group) - y, grad).item()
         energy += hessian_loss(y, grad).item()
     return dict(cost=cost, energy=energy)
 
 
+def settings_of(child, kind, layer, args):
+    """The flags as they hold for this layer."""
+    own = {} if isinstance(layer, Linear) else dict(tgq_inputs=False)  # it is told no time group
+    if child in EXTRA[kind] and args.cond_bits:
+        own |= dict(wbits=args.cond_bits, rounding="nearest")
+    elif kind != "block" and args.edge_bits:
+        own |= dict(wbits=args.edge_bits, abits=args.edge_bits)
+    return changed(args, **own)
+
+
+def quantize_layer(child, kind, layer, chunks, groups, args):
+    """Lines 15-33 for one layer: its state. With --balance the best of several strengths."""
+    if isinstance(layer, MatMul):  # line 23
+        return quantize_matmul(chunks, child == "attn.av", groups, args)
+    conv = isinstance(layer, nn.Conv2d)  # D6: of the patch embedding only the weight
+    fp = conv and args.layers == "released" or child in EXTRA[kind] and args.cond_bits
+    inputs = "fp" if fp else "gelu" if child == "mlp.fc2" else "uniform"
+    strengths = BALANCE if args.balance and not fp else (None,)
+    states = [linear_state(layer, chunks, inputs, strength, args) for strength in strengths]
+    costs = [layer_cost(state, chunks, args)["cost"] for state in states]
+    return states[costs.index(min(costs))]
+
+
 def quantize_unit(name, model, calib, args):
-    """Lines 14-33 for the layers of one unit: their states and costs, by layer name."""
+    """Lines 14-33 for the layers of one unit: their states and costs, by layer name.
+
+    Costs are weighted by the gradient (or D2's stand-in), whatever --metric is: runs compare.
+    """
     inputs, grads, groups = load_unit(name, calib, args)
     kind, prefix, done = name.split("_")[0], units(model)[name], {}
+    extra = EXTRA[kind] if args.layers == "all" or args.cond_bits else ()
     with unit_on(model, name, args.device) as function:
-        for child in RELEASED[kind] + (EXTRA[kind] if args.layers == "all" else ()):
+        for child in RELEASED[kind] + extra:
             layer = model.get_submodule(prefix + child)
             chunks = capture(function, layer, inputs, grads, groups, args)
             chunks = patch_dead(chunks, groups, 1 if isinstance(layer, nn.Conv2d) else -1)
-            if isinstance(layer, MatMul):  # line 23
-                state = quantize_matmul(chunks, child == "attn.av", groups, args)
-            else:  # line 15
-                matrices = [as_matrices(layer, *chunk) for chunk in chunks]
-                state = quantize_linear(layer, matrices, child == "mlp.fc2", args)
-            done[prefix + child] = dict(state=state, **layer_cost(state, chunks, args))
+            own = settings_of(child, kind, layer, args)
+            state = quantize_layer(child, kind, layer, chunks, groups, own)
+            cost = layer_cost(state, chunks, changed(args, metric="hessian"))
+            done[prefix + child] = dict(state=state, **cost)
     return done
 
 
@@ -299,10 +383,10 @@ def print_report(report):
 
 
 def main(args):
-    check_bits(args)
-    at_least_one(args, "rounds", "rows", "batch_size")
+    check(args)
     world, calib = World(), load_calib(args.run)
-    knobs = "wbits abits metric mrq tgq rounds layers weight_granularity rows tag"
+    knobs = "wbits abits metric mrq tgq rounds layers weight_granularity rows tag edge_bits "
+    knobs += "cond_bits tgq_inputs balance rounding"
     settings = {key: getattr(args, key) for key in knobs.split()}
     settings |= load_grads("embed", args)["settings"]  # written last: all are there
     knobs = "steps groups cfg_scale cfg_channels vae"  # all that 04 needs to know of Phase 1

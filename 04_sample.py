@@ -48,7 +48,7 @@ def check(args):
     if args.fp == (args.wbits is not None or args.abits is not None):
         raise InputError("give either --fp or both --wbits and --abits")
     if not args.fp:
-        check_bits(args)
+        check_bits(args, "wbits", "abits")
     at_least_one(args, "steps", "num_images", "batch_size")
     if min(args.first, args.seed) < 0:
         raise InputError("--first and --seed must not be negative")

@@ -97,6 +97,13 @@ class MatMul(nn.Module):
         return a @ b
 
 
+class Linear(nn.Linear):
+    """A linear layer on tokens; its quantized twin `QuantLinear` may use the time group."""
+
+    def forward(self, x, group=None):
+        return super().forward(x)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention. `fused` takes PyTorch's fused kernel, which hides `qk`, `av`."""
 
@@ -104,21 +111,21 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.fused = True
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.qk = MatMul()
         self.av = MatMul()
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x, group=None):
         N, S, D = x.shape
-        qkv = self.qkv(x).reshape(N, S, 3, self.num_heads, D // self.num_heads)
+        qkv = self.qkv(x, group).reshape(N, S, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D / H)
         if self.fused:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
             scores = self.qk(q * q.shape[-1] ** -0.5, k.transpose(-2, -1), group)  # (N, H, S, S)
             out = self.av(scores.softmax(dim=-1), v, group)
-        return self.proj(out.transpose(1, 2).reshape(N, S, D))
+        return self.proj(out.transpose(1, 2).reshape(N, S, D), group)
 
 
 class Mlp(nn.Module):
@@ -126,12 +133,12 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden_size, mlp_hidden):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_hidden)
+        self.fc1 = Linear(hidden_size, mlp_hidden)
         self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(mlp_hidden, hidden_size)
+        self.fc2 = Linear(mlp_hidden, hidden_size)
 
-    def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
+    def forward(self, x, group=None):
+        return self.fc2(self.act(self.fc1(x, group)), group)
 
 
 def modulate(x, shift, scale):
@@ -155,7 +162,7 @@ class DiTBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # each (N, D)
         h = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), group)
         x = x + gate_msa[:, None] * h
-        h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp), group)
         return x + gate_mlp[:, None] * h
 
 
@@ -165,12 +172,12 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size, patch_size, out_channels):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x, c):
+    def forward(self, x, c, group=None):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulate(self.norm_final(x), shift, scale), group)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,7 +229,7 @@ class DiT(nn.Module):
         x, c = self.embed(x, t, y)
         for block in self.blocks:
             x = block(x, c, group)
-        return self.unpatchify(self.final_layer(x, c))
+        return self.unpatchify(self.final_layer(x, c, group))
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
         """Classifier-free guidance. The second half of the batch repeats the first under the null
@@ -602,11 +609,11 @@ def at_least_one(args, *flags):
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
 
 
-def check_bits(args):
-    for flag in ("wbits", "abits"):
+def check_bits(args, *flags):
+    for flag in flags:
         bits = getattr(args, flag)
         if bits is None or not 2 <= bits <= 8:
-            raise InputError(f"--{flag} {bits}: must be 2..8")
+            raise InputError(f"--{flag.replace('_', '-')} {bits}: must be 2..8")
 
 
 def model_name(args):

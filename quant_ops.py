@@ -160,6 +160,43 @@ def search(loss_of, candidates: Tensor, chunks) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------
+# Beyond the paper: channel balancing and error-compensated rounding
+
+
+def balance_factors(x_max: Tensor, weight: Tensor, strength: float) -> Tensor:
+    """(I,) factors s: dividing input channels by s and multiplying the weight's columns by s leaves
+    the product as it is and evens out the channels (SmoothQuant, arXiv 2211.10438, Eq. 4).
+
+    `x_max` (I,) is the largest magnitude of each input channel, `weight` is (O, I); at strength 1
+    all input channels become equal, at 0 all columns of the weight.
+    """
+    w_max = weight.abs().amax(dim=0).clamp(min=1e-5)
+    return x_max.clamp(min=1e-5) ** strength / w_max ** (1 - strength)
+
+
+def compensated_rounding(
+    weight: Tensor, step: Tensor, zero: Tensor, bits: int, gram: Tensor, damp: float = 0.01
+) -> Tensor:
+    """The weight (O, I) rounded column by column, each column's error made up for by the columns
+    still to come (GPTQ, arXiv 2210.17323, Alg. 1, in the order of falling input energy).
+
+    `gram` (I, I) is the weighted sum of x x^T over the layer's inputs x. Returns grid values.
+    """
+    order = gram.diagonal().argsort(descending=True)
+    hessian = gram.double()[order][:, order]
+    hessian /= hessian.diagonal().mean().clamp(min=1e-30)
+    hessian.diagonal().add_(damp)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    left, rounded = weight[:, order].double(), torch.empty_like(weight)
+    for j, column in enumerate(order.tolist()):
+        rounded[:, column] = fake_quant(left[:, j : j + 1].float(), step, zero, bits)[:, 0]
+        error = (left[:, j] - rounded[:, column]) / upper[j, j]
+        left[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
+    return rounded
+
+
+# ------------------------------------------------------------------------------------------------
 # Bit packing
 
 
@@ -226,7 +263,7 @@ class SoftmaxQuantizer(nn.Module):
 
 
 class GeluQuantizer(nn.Module):
-    """MRQ of GELU outputs; `step1` and `step2` are () each."""
+    """MRQ of GELU outputs; `step1` and `step2` are () or, with time groups, (G,)."""
 
     def __init__(self, bits, step1, step2):
         super().__init__()
@@ -235,7 +272,8 @@ class GeluQuantizer(nn.Module):
         self.register_buffer("step2", step2)
 
     def forward(self, x, group=None):
-        return mrq_gelu(_wide(x), self.step1, self.step2, self.bits)
+        steps = (_per_sample(v, group, x) for v in (self.step1, self.step2))
+        return mrq_gelu(_wide(x), *steps, self.bits)
 
 
 class FullPrecision(nn.Module):
@@ -281,7 +319,7 @@ def uniform_candidates(low: Tensor, high: Tensor, bits: int):
 
 
 def gelu_candidates(low: Tensor, high: Tensor, bits: int):
-    """MRQ after GELU: two steps, searched in turn, each on its own grid (D9)."""
+    """MRQ after GELU: two steps, searched in turn, each on its own grid (D9). Ranges () or (G,)."""
     step1 = -low.clamp(max=-1e-6) / 2 ** (bits - 1)
     step2 = high.clamp(min=1e-6) / (2 ** (bits - 1) - 1)
 
@@ -332,22 +370,27 @@ def unpack_weight(state: dict) -> Tensor:
 
 
 class QuantLinear(nn.Module):
-    """A linear layer on quantized weights and inputs. Weights are dequantized once, here."""
+    """A linear layer on quantized weights and inputs. Weights are dequantized once, here.
+
+    `balance` is None or (I,): what inputs are divided by, and weights were multiplied by.
+    """
 
     def __init__(self, state):
         super().__init__()
         self.register_buffer("weight", unpack_weight(state["weight"]))
         self.register_buffer("bias", state["bias"])
+        self.register_buffer("balance", state["balance"])
         self.act = make_quantizer(state["act"])
 
-    def forward(self, x):
-        return F.linear(self.act(x), self.weight, self.bias)
+    def forward(self, x, group=None):
+        x = x if self.balance is None else x / self.balance
+        return F.linear(self.act(x, group), self.weight, self.bias)
 
 
 class QuantConv2d(QuantLinear):
     """The patch embedding: a convolution whose stride is its kernel size."""
 
-    def forward(self, x):
+    def forward(self, x, group=None):
         return F.conv2d(self.act(x), self.weight, self.bias, stride=self.weight.shape[2:])
 
 

@@ -223,6 +223,43 @@ def test_search_can_choose_either_end(end):
 
 
 # ------------------------------------------------------------------------------------------------
+# Beyond the paper
+
+
+def test_balance_factors_even_out_what_they_promise():
+    """Strength 1: all input channels alike; 0: all columns alike; the product never changes."""
+    x, weight = torch.randn(50, 4) * torch.tensor([1.0, 5, 20, 0.1]), torch.randn(3, 4)
+    for strength in (0.0, 0.5, 1.0):
+        s = q.balance_factors(x.abs().amax(0), weight, strength)
+        torch.testing.assert_close((x / s) @ (weight * s).T, x @ weight.T, rtol=1e-4, atol=1e-4)
+        even = (x / s).abs().amax(0) if strength else (weight * s).abs().amax(0)
+        assert strength == 0.5 or torch.allclose(even, torch.ones(4))
+
+
+def compensated(inputs=32, rows=400, bits=3):
+    mixed = torch.randn(rows, 8) @ torch.randn(8, inputs) + 0.1 * torch.randn(rows, inputs)
+    weight = torch.randn(6, inputs)
+    step, zero = q.qparams_from_range(weight.amin(1, True), weight.amax(1, True), bits)
+    rounded = q.compensated_rounding(weight, step, zero, bits, mixed.T @ mixed)
+    return mixed, weight, rounded, q.fake_quant(weight, step, zero, bits), (step, zero, bits)
+
+
+def test_compensated_rounding_stays_on_the_grid_and_lowers_the_output_error():
+    """Same grid as nearest rounding, Eq. (5); far less error where inputs are correlated."""
+    x, weight, rounded, nearest, grid = compensated()
+    torch.testing.assert_close(q.fake_quant(rounded, *grid), rounded, rtol=0, atol=1e-5)
+    assert (x @ (rounded - weight).T).norm() < 0.5 * (x @ (nearest - weight).T).norm()
+
+
+def test_compensated_rounding_of_uncorrelated_inputs_is_nearest_rounding():
+    """A diagonal Gram matrix leaves nothing to make up for; so does one that is zero."""
+    _, weight, _, nearest, grid = compensated()
+    for gram in (torch.diag(torch.rand(32) + 0.1), torch.zeros(32, 32)):
+        rounded = q.compensated_rounding(weight, *grid, gram)
+        torch.testing.assert_close(rounded, nearest, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
 # Packing and layers
 
 
@@ -246,7 +283,8 @@ def linear_state(weight, bits, act):
     low, high = weight.flatten(1).aminmax(dim=1, keepdim=True)
     step, zero = q.qparams_from_range(low, high, bits)
     packed = q.pack_weight(weight, step, zero, bits)
-    return dict(type="linear", weight=packed, bias=torch.randn(len(weight)), act=act)
+    bias = torch.randn(len(weight))
+    return dict(type="linear", weight=packed, bias=bias, act=act, balance=None)
 
 
 def test_quant_linear_is_the_layer_on_fake_quantized_operands():
@@ -259,6 +297,20 @@ def test_quant_linear_is_the_layer_on_fake_quantized_operands():
     ])
     expected = q.fake_quant(x, act["step"], act["zero"], 6) @ wq.T + state["bias"]
     torch.testing.assert_close(q.QuantLinear(state)(x), expected)
+
+
+def test_quant_linear_balances_before_it_quantizes_by_group():
+    """Inputs are divided by the balance, then rounded with the step of their time group."""
+    x, balance = torch.randn(2, 5, 4), torch.tensor([0.5, 1.0, 2.0, 4.0])
+    step, zero = torch.tensor([0.1, 0.3]), torch.tensor([7.0, 8.0])
+    state = linear_state(torch.randn(6, 4), 4, dict(type="uniform", bits=4, step=step, zero=zero))
+    state["balance"] = balance
+    group, wq = torch.tensor([1, 0]), q.unpack_weight(state["weight"])
+    expected = [
+        q.fake_quant(x[i] / balance, step[g], zero[g], 4) @ wq.T + state["bias"]
+        for i, g in enumerate(group)
+    ]
+    torch.testing.assert_close(q.QuantLinear(state)(x, group), torch.stack(expected))
 
 
 def test_quant_linear_at_8_bits_is_close_to_nn_linear():
@@ -300,7 +352,7 @@ def test_quantizer_state_round_trips():
     for quantizer in (
         q.UniformQuantizer(5, step, torch.tensor([0.0, 2.0])),
         q.SoftmaxQuantizer(5, step),
-        q.GeluQuantizer(5, step[0], step[1]),
+        q.GeluQuantizer(5, step, 2 * step),
     ):
         again = q.make_quantizer(q.quantizer_state(quantizer))
         assert torch.equal(again(x, group), quantizer(x, group))

@@ -13,7 +13,8 @@ import quant_ops as q
 PHASE1, PHASE2, PHASE3 = map(load_script, ("01_collect_calib", "02_grad_cache", "03_quantize"))
 OPTIONS = dict(
     wbits=4, abits=5, metric="hessian", mrq=True, tgq=True, rounds=2, layers="released",
-    weight_granularity="channel", rows=None, batch_size=3, device="cpu",
+    weight_granularity="channel", rows=None, batch_size=3, device="cpu", edge_bits=None,
+    cond_bits=None, tgq_inputs=False, balance=False, rounding="nearest",
 )  # fmt: skip
 
 
@@ -193,9 +194,10 @@ def linear_case(seed=0, rows=40, inputs=8, outputs=5):
 def test_quantize_linear_equals_brute_force(metric, granularity):
     """Alg. 1 lines 16-22: all alphas for every channel, then all for the input, R times."""
     layer, x, y, grad = linear_case()
-    chunks = list(zip(grad.split(7), y.split(7), x.split(7), strict=True))
+    columns = grad, y, x, torch.zeros(len(x)).long()
+    chunks = list(zip(*(column.split(7) for column in columns), strict=True))
     args = options(metric=metric, weight_granularity=granularity)
-    state = PHASE3.quantize_linear(layer, chunks, False, args)
+    w, found, _, act = PHASE3.quantize_linear(layer.weight, chunks, "uniform", args)
     g = torch.ones_like(grad) if metric == "mse" else grad
     in_step, quantize_x = brute_uniform(x, args.abits)
     xs = in_step
@@ -219,10 +221,10 @@ def test_quantize_linear_equals_brute_force(metric, granularity):
         wq = torch.stack([f(row, s) for s, (row, _, f) in zip(steps, rows, strict=True)])
         losses = [((g * (quantize_x(x, a * in_step) @ wq.T - y)) ** 2).sum() for a in ALPHAS]
         xs = ALPHAS[torch.stack(losses).argmin()] * in_step
-    found = state["weight"]["step"].flatten().double()
+    found = found.flatten().double()
     torch.testing.assert_close(found, torch.tensor(steps)[: len(found)].double(), rtol=1e-5, atol=0)
-    assert state["act"]["step"].item() == pytest.approx(xs, rel=1e-5)
-    torch.testing.assert_close(q.unpack_weight(state["weight"]).double(), wq, rtol=1e-4, atol=1e-6)
+    assert act.step.item() == pytest.approx(xs, rel=1e-5)
+    torch.testing.assert_close(w.double(), wq, rtol=1e-4, atol=1e-6)
 
 
 def test_quantize_linear_searches_both_steps_after_gelu():
@@ -230,9 +232,9 @@ def test_quantize_linear_searches_both_steps_after_gelu():
     layer, x, _, grad = linear_case(1)
     x = torch.nn.functional.gelu(2 * x)
     y = x @ layer.weight.T
-    args = options(rounds=1)
-    state = PHASE3.quantize_linear(layer, [(grad, y, x)], True, args)
-    wq, half = q.unpack_weight(state["weight"]).double(), 2 ** (args.abits - 1)
+    args, group = options(rounds=1), torch.zeros(len(x)).long()
+    wq, _, _, act = PHASE3.quantize_linear(layer.weight, [(grad, y, x, group)], "gelu", args)
+    wq, half = wq.double(), 2 ** (args.abits - 1)
     first = [-x.min().item() / half, x.max().item() / (half - 1)]
 
     def loss(s1, s2):
@@ -241,9 +243,8 @@ def test_quantize_linear_searches_both_steps_after_gelu():
 
     s1 = min((a * first[0] for a in ALPHAS), key=lambda s: loss(s, first[1]))
     s2 = min((a * first[1] for a in ALPHAS), key=lambda s: loss(s1, s))
-    assert state["act"]["type"] == "gelu"
-    assert state["act"]["step1"].item() == pytest.approx(s1, rel=1e-5)
-    assert state["act"]["step2"].item() == pytest.approx(s2, rel=1e-5)
+    assert act.step1.item() == pytest.approx(s1, rel=1e-5)
+    assert act.step2.item() == pytest.approx(s2, rel=1e-5)
 
 
 @pytest.mark.parametrize("tgq", [True, False])
@@ -307,6 +308,108 @@ def test_each_switch_of_table_3_changes_its_own_quantizers(tiny_run):
     assert plain["attn.av"]["a"]["step"].ndim == 0
     assert set(full) - set(plain) == {"adaLN_modulation.1"}
     assert full["attn.qk"]["b"]["bits"] == 5 and full["attn.qkv"]["weight"]["bits"] == 4
+
+
+# ------------------------------------------------------------------------------------------------
+# Beyond the paper
+
+
+def test_tgq_inputs_fits_every_group_to_its_own_rows():
+    """Each time group's step is the one that its rows alone choose, with the same weights."""
+    layer, x, _, grad = linear_case(3, rows=60)
+    group = torch.arange(60) % 3
+    x = x * torch.tensor([0.1, 1.0, 5.0]).double()[group][:, None]
+    y = x @ layer.weight.T
+    chunks = list(zip(*(column.split(7) for column in (grad, y, x, group)), strict=True))
+    args = options(rounds=1, tgq_inputs=True)
+    w, _, _, act = PHASE3.quantize_linear(layer.weight, chunks, "uniform", args)
+    for i in range(3):
+        rows = group == i
+        step, quantize_x = brute_uniform(x[rows], args.abits)
+        losses = [
+            ((grad[rows] * (quantize_x(x[rows], a * step) @ w.T - y[rows])) ** 2).sum()
+            for a in ALPHAS
+        ]
+        best = ALPHAS[torch.stack(losses).argmin()] * step
+        assert act.step[i].item() == pytest.approx(best, rel=1e-5)
+    assert act.step[2] > 10 * act.step[0]
+
+
+def quantized_linear(**changes):
+    """A linear layer whose inputs are correlated and have two loud channels; its state."""
+    torch.manual_seed(4)
+    layer = torch.nn.Linear(16, 12).requires_grad_(False)
+    x = torch.randn(5, 30, 4) @ torch.randn(4, 16) + 0.2 * torch.randn(5, 30, 16)
+    x = x * torch.tensor([30.0, 8.0, *[1.0] * 14])
+    y, grad = layer(x), torch.randn(5, 30, 12)
+    columns = (grad, y, x, torch.zeros(5).long())
+    chunks = [list(c) for c in zip(*(v.split(2) for v in columns), strict=True)]
+    args = options(rounds=1, **changes)
+    return layer, PHASE3.quantize_layer("mlp.fc1", "block", layer, chunks, None, args), chunks, args
+
+
+def cost(state, chunks, args):
+    return PHASE3.layer_cost(state, chunks, args)["cost"]
+
+
+def test_balance_quiets_loud_channels_and_keeps_the_product():
+    """Inputs are divided by what the weight's columns are multiplied by; the error falls."""
+    _, plain, *_ = quantized_linear(abits=4, wbits=8)
+    layer, balanced, chunks, args = quantized_linear(abits=4, wbits=8, balance=True)
+    assert plain["balance"] is None and balanced["balance"].shape == (16,)
+    assert cost(balanced, chunks, args) < cost(plain, chunks, args) / 2
+    weight = q.unpack_weight(balanced["weight"]) / balanced["balance"]
+    torch.testing.assert_close(weight, layer.weight, rtol=0, atol=0.05)
+
+
+def test_balance_keeps_the_cheapest_strength():
+    """Of all strengths, none among them, the state with the least cost is kept."""
+    layer, kept, chunks, args = quantized_linear(balance=True)
+    costs = [
+        cost(PHASE3.linear_state(layer, chunks, "uniform", strength, args), chunks, args)
+        for strength in PHASE3.BALANCE
+    ]
+    assert cost(kept, chunks, args) == min(costs) < max(costs)
+
+
+def test_gptq_rounding_lowers_the_layer_s_cost():
+    """Errors of a column made up for by the others: less weighted output error, same steps."""
+    _, nearest, chunks, args = quantized_linear(wbits=3, abits=8)
+    _, compensated, *_ = quantized_linear(wbits=3, abits=8, rounding="gptq")
+    assert torch.equal(nearest["weight"]["step"], compensated["weight"]["step"])
+    assert cost(compensated, chunks, args) < 0.7 * cost(nearest, chunks, args)
+
+
+def test_edge_and_cond_bits_reach_their_layers_only(tiny_run):
+    """--edge-bits the first and last layer, --cond-bits the weights of adaLN and embedders."""
+    calib, args = m.load_calib(tiny_run), options(run=tiny_run, rounds=1, edge_bits=8, cond_bits=7)
+    args.tgq_inputs = True
+    model = m.explicit_products(m.load_calibrated(calib))
+    done = {}
+    for name in ("embed", "block_00", "final"):
+        done |= PHASE3.quantize_unit(name, model, calib, args)
+    states = {name: layer["state"] for name, layer in done.items()}
+    bits = {name: s["weight"]["bits"] for name, s in states.items() if "weight" in s}
+    assert bits.pop("x_embedder.proj") == bits.pop("final_layer.linear") == 8
+    for name in bits:
+        assert bits[name] == (7 if "adaLN" in name or "t_embedder" in name else 4), name
+    assert states["blocks.0.adaLN_modulation.1"]["act"]["type"] == "none"
+    assert states["final_layer.linear"]["act"]["bits"] == 8
+    assert states["blocks.0.mlp.fc2"]["act"]["step1"].shape == (3,)
+    assert states["blocks.0.attn.qk"]["a"]["bits"] == 5
+
+
+def test_preset_best_sets_flags_that_others_override(monkeypatch):
+    """--preset best is its flags under a tag; a flag given beside it wins; the default is paper."""
+    parse = ["03", "--wbits", "6", "--abits", "6"]
+    monkeypatch.setattr("sys.argv", parse)
+    plain = vars(PHASE3.parse_args())
+    monkeypatch.setattr("sys.argv", [*parse, "--preset", "best", "--no-balance", "--rounds", "2"])
+    best = vars(PHASE3.parse_args())
+    changed = {key: best[key] for key in best if best[key] != plain[key]}
+    expected = PHASE3.PRESETS["best"] | dict(preset="best", rounds=2)
+    del expected["balance"]
+    assert changed == expected and not best["balance"]
 
 
 @torch.no_grad()
