@@ -5,7 +5,7 @@ DEMO = --ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --steps 50 --cfg-s
 SCORE = --reference demo/reference_mnist.npz --features demo/features_mnist.pt
 IMAGES ?= 200
 
-.PHONY: demo test lint clean
+.PHONY: demo tables test lint clean
 
 demo: .venv/done  ## the five phases on the demo DiT: FP, W8A8, W6A6
 	$(PY) 01_collect_calib.py --run $(RUN) $(DEMO)
@@ -16,6 +16,9 @@ demo: .venv/done  ## the five phases on the demo DiT: FP, W8A8, W6A6
 	$(PY) 04_sample.py --run $(RUN) --wbits 8 --abits 8 --num-images $(IMAGES)
 	$(PY) 04_sample.py --run $(RUN) --wbits 6 --abits 6 --num-images $(IMAGES)
 	$(PY) 05_eval_fid.py --run $(RUN) $(SCORE)
+
+tables: .venv/done  ## the paper's tables on the demo DiT; QUICK=1: half an hour on 2 cores
+	$(PY) benchmarks/tables.py $(if $(QUICK),--quick)
 
 test: .venv/done  ## every test, on the CPU
 	$(PY) -m pytest -q
