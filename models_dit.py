@@ -12,6 +12,7 @@ Shapes: N samples, C channels, S tokens, D width, H heads.
 import argparse
 import atexit
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -784,14 +785,18 @@ def download(url, name, sha256_prefix=""):
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    try:
-        _download_to(partial, url, name)
-    except OSError as error:
-        raise InputError(f"cannot download {url}: {error}; run again to resume") from error
-    if not sha256_of(partial).startswith(sha256_prefix):
-        partial.unlink()
-        raise InputError(f"{url}: wrong sha256, download discarded; run again")
-    os.replace(partial, target)
+    with open(cache / (name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait for it
+        if target.exists():
+            return target
+        try:
+            _download_to(partial, url, name)
+        except OSError as error:
+            raise InputError(f"cannot download {url}: {error}; run again to resume") from error
+        if not sha256_of(partial).startswith(sha256_prefix):
+            partial.unlink()
+            raise InputError(f"{url}: wrong sha256, download discarded; run again")
+        os.replace(partial, target)
     return target
 
 

@@ -245,7 +245,7 @@ class Ranges(http.server.BaseHTTPRequestHandler):
 
 
 def test_download_resumes_where_it_broke_off(tmp_path, monkeypatch):
-    """A cut connection keeps what came; the next call asks for the rest only."""
+    """A cut connection keeps what came, the next call asks for the rest; of several, one loads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     server = http.server.HTTPServer(("127.0.0.1", 0), Ranges)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -256,4 +256,9 @@ def test_download_resumes_where_it_broke_off(tmp_path, monkeypatch):
     assert path.read_bytes() == Ranges.CONTENT and Ranges.asked == [0, 4999]
     with pytest.raises(m.InputError, match="sha256"):
         m.download(url, "other.pt", sha256_prefix="00")
+    threads = [threading.Thread(target=m.download, args=(url, "third.pt")) for _ in range(3)]
+    for do in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            do(thread)
+    assert (path.parent / "third.pt").read_bytes() == Ranges.CONTENT and len(Ranges.asked) == 4
     server.shutdown()
