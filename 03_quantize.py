@@ -16,7 +16,6 @@ from argparse import BooleanOptionalAction, Namespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from models_dit import (
     Diffusion, InputError, Linear, MatMul, Parser, Parts, World, already_made, at_least_one,
@@ -400,9 +399,8 @@ def main(args):
         return parts.clear()  # a run killed after its last write left them
     model = explicit_products(load_calibrated(calib))
     names = list(units(model))
-    for name in tqdm(names[world.rank :: world.size], desc=f"03 {path.stem}", unit="unit"):
-        if not parts.has(name):
-            parts.save(name, quantize_unit(name, model, calib, args))
+    for name in world.bar(world.share(parts, names), desc=f"03 {path.stem}", unit="unit"):
+        parts.save(name, quantize_unit(name, model, calib, args))
     world.wait()
     if world.rank == 0:
         for name in names:

@@ -17,7 +17,6 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from models_dit import (
     VAE_SCALE, Diffusion, InputError, Parser, Parts, World, at_least_one, check_bits, check_labels,
@@ -136,8 +135,9 @@ def main(args):
     if args.compile:
         model.compile()
     batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size), strict=True))
-    mine = [i for i in range(world.rank, len(batches), world.size) if not parts.has(i)]
-    with tqdm(total=len(mine) * (diffusion.steps + 1), desc=f"04 {path.stem}", unit="step") as bar:
+    mine = world.share(parts, range(len(batches)))
+    total = len(mine) * (diffusion.steps + 1)
+    with world.bar(total=total, desc=f"04 {path.stem}", unit="step") as bar:
         for i in mine:
             index, y = batches[i]
             parts.save(i, sample(model, vae, diffusion, index.tolist(), y, settings, bar))

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -581,11 +582,15 @@ def run_script(main, parse_args):
     except torch.OutOfMemoryError:
         sys.exit(_fail(script, "out of GPU memory: give a smaller --batch-size"))
     except KeyboardInterrupt:
-        sys.exit(_fail(script, "interrupted; the same command again continues", status=130))
+        who = "stopped, as another process was" if dist.is_initialized() else "interrupted"
+        sys.exit(_fail(script, f"{who}; the same command again continues", status=130))
 
 
 def _fail(script, message, status=2):
-    print(f"{script}: {' '.join(str(message).split())}", file=sys.stderr)
+    if dist.is_initialized():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, now that this process ends
+        script = f"\n{script} (rank {dist.get_rank()} of {dist.get_world_size()})"  # off the bar
+    sys.stderr.write(f"{script}: {' '.join(str(message).split())}\n")  # at once: no line is torn
     return status
 
 
@@ -625,19 +630,48 @@ def model_name(args):
 
 
 class World:
-    """This process among those torchrun started: `rank` of `size`. Alone: 0 of 1."""
+    """This process among those torchrun started: `rank` of `size`. Alone: 0 of 1.
+
+    Rank 0 joins what all have made; it alone prints and shows a bar. If a process dies, the others
+    stop: torchrun sends SIGTERM to those on its own node, the rest find out as they next meet.
+    """
 
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self._meet(dist.init_process_group, "gloo", timeout=timedelta(days=7))  # the slowest unit
         if self.size > 1:
-            dist.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest unit
             atexit.register(dist.destroy_process_group)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")
+
+    def _meet(self, function, *args, **kwargs):
+        """Call a function of torch.distributed; InputError if another process is gone."""
+        try:
+            if self.size > 1:
+                function(*args, **kwargs)
+        except RuntimeError as error:
+            raise InputError("another process died; the same command again continues") from error
 
     def wait(self):
         """Until every process is here."""
-        if self.size > 1:
-            dist.barrier()
+        self._meet(dist.barrier)
+
+    def agree(self, value):
+        """Rank 0's value, in every process."""
+        box = [value]
+        self._meet(dist.broadcast_object_list, box)
+        return box[0]
+
+    def share(self, parts, names):
+        """This process's share of those `names` whose part is missing, even when a run resumes."""
+        return self.agree([x for x in names if not parts.has(x)])[self.rank :: self.size]
+
+    def bar(self, items=None, **kwargs):
+        """A progress bar that counts for all processes as rank 0 goes; their shares are equal."""
+        scale = self.size > 1 and self.size
+        return tqdm(items, disable=self.rank > 0, unit_scale=scale, **kwargs)
 
 
 def sha256_of(path):

@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ TARGETS = {  # what each phase writes, the file that says it is done first
     "02_grad_cache": [f"grads/{x}.pt" for x in ("embed", "block_00", "block_01", "final")],
     "03_quantize": ["quant_w6a6.pt"],
     "04_sample": ["samples_w6a6.npz", "samples_w6a6.png"],
+    "05_eval_fid": ["metrics.json", "comparison.png"],
 }
 OTHER = dict(zip(FLAGS, ["--seed 1", "--eps renoise", "--rounds 1", "--num-images 5"], strict=True))
 PHASES = pytest.mark.parametrize("name", FLAGS)
@@ -39,6 +42,15 @@ def replace(source, target):
     if when == "after " + calls[-1]:
         os.kill(os.getpid(), signal.SIGKILL)
 os.replace = replace
+"""
+RANK_1_DIES = """
+import os, signal, time
+def replace(source, target):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(float(os.environ["HOLD"]))  # a long piece of work
+    real(source, target)
+real, os.replace = os.replace, replace
 """
 
 
@@ -102,7 +114,7 @@ def arrays(run, model="w6a6"):
 
 def test_phases_run_to_the_end_and_name_the_next_command(tiny_run):
     """From a checkpoint to samples: status 0, the next command last, nothing temporary left."""
-    for name, following in zip(FLAGS, [*TARGETS][1:] + ["05_eval_fid"], strict=True):
+    for name, following in zip(FLAGS, [*TARGETS][1:], strict=True):
         log = (tiny_run.parent / f"{name}.log").read_text()
         assert f"Next: python {following}.py --run {tiny_run}" in log.splitlines()[-1]
     assert not leftovers(tiny_run)
@@ -197,14 +209,77 @@ def test_image_is_the_same_in_any_batch_and_range(bits, tiny_run, tmp_path, run_
     assert np.abs(part - images[3:6]).max() <= 1 and (part_labels == labels[3:6]).all()
 
 
+@pytest.fixture(scope="module")
+def scored_run(tiny_run, tmp_path_factory):
+    """The tiny run with the metrics that one process wrote."""
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("scored") / "run")
+    torch.manual_seed(0)
+    torch.save(models_dit.FeatureNet(3, 2, 10).state_dict(), run / "features.pt")
+    result = spread("05_eval_fid", run, 1)
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+def spread(name, run, count, **env):
+    """A script in `count` processes of torchrun's, in pieces of two images."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "--"]
+    score = ["--reference", run / "samples_fp.npz", "--features", run / "features.pt"]
+    flags = ["--run", run, "--batch-size", 2, *score] if name.startswith("05") else None
+    return run_script(name, *flags or tiny_flags(name, run, None), launcher=launcher, env=env)
+
+
+def rank_1_dies(folder, hold):
+    """The environment of a run whose rank 1 gets SIGKILL in its first write, and in which every
+    piece of the others takes `hold` seconds."""
+    (folder / "sitecustomize.py").write_text(RANK_1_DIES)
+    return {"PYTHONPATH": str(folder), "HOLD": str(hold)}
+
+
+def lines_of(name, result):
+    return [line for line in result.stderr.splitlines() if line.startswith(name)]
+
+
 @pytest.mark.parametrize("name", ["03_quantize", "04_sample"])
-def test_two_processes_write_the_same_bytes_as_one(name, tiny_run, tmp_path):
-    """torchrun over two processes spreads the work and changes nothing."""
-    run = without(tiny_run, tmp_path, name)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    result = run_script(name, *tiny_flags(name, run, None), launcher=launcher)
+def test_three_processes_write_the_same_bytes_as_one(name, scored_run, tmp_path):
+    """torchrun spreads the work and changes nothing; one process alone speaks."""
+    run = without(scored_run, tmp_path, name)
+    result = spread(name, run, 3)
     assert result.returncode == 0 and not leftovers(run), result.stderr
-    assert targets(run, name) == targets(tiny_run, name)
+    assert targets(run, name) == targets(scored_run, name)
+    bars = re.findall(r"(\S+):   0%", result.stderr)
+    assert result.stdout.count("Next:") == 1 and len(bars) == len(set(bars)) > 0
+
+
+@pytest.mark.parametrize("name", ["04_sample"])
+def test_dead_process_stops_the_others_and_fewer_continue(name, scored_run, tmp_path):
+    """kill -9 of one of three: each other says so in one line; two processes end with the bytes."""
+    run = without(scored_run, tmp_path, name)
+    result = spread(name, run, 3, **rank_1_dies(tmp_path, 100))
+    ours = lines_of(name, result)
+    assert result.returncode == 1 and len(ours) == 2, result.stderr
+    assert all("the same command again continues" in line for line in ours)
+    assert "Traceback" not in result.stderr.partition("torch/distributed/elastic")[0]
+    assert not (run / TARGETS[name][0]).exists()
+    result = spread(name, run, 2)
+    assert result.returncode == 0, result.stderr
+    assert targets(run, name) == targets(scored_run, name) and not leftovers(run)
+
+
+def test_dead_process_on_another_node_is_one_line(scored_run, tmp_path):
+    """Nothing but a broken connection tells of it: status 2, one line, what is done stays."""
+    run = without(scored_run, tmp_path, "04_sample")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | ENVIRONMENT | rank_1_dies(tmp_path, 0)
+    env |= dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    command = [sys.executable, ROOT / "04_sample.py", *tiny_flags("04_sample", run, None)]
+    start = partial(subprocess.Popen, command, stderr=subprocess.PIPE, text=True)
+    processes = [start(env=env | dict(RANK=rank)) for rank in "01"]
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, -signal.SIGKILL]
+    refused(subprocess.CompletedProcess(command, 2, "", errors[0]), "another process died")
+    assert len([*run.glob(".samples_w6a6.npz.*/*.pt")]) == 2
 
 
 @pytest.mark.parametrize("steps", ["6", "2", "11"])
