@@ -8,6 +8,7 @@ or the demo's .npz. Numbers of the demo's own features are named FD(demo): no FI
 
     python 05_eval_fid.py --run runs/xl --reference VIRTUAL_imagenet256_labeled.npz
     python 05_eval_fid.py --reference demo/reference_mnist.npz --features demo/features_mnist.pt
+    torchrun --nproc_per_node=8 -- 05_eval_fid.py --run runs/xl --reference REFERENCE.npz
 """
 
 import json
@@ -23,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy.linalg import eigvals
-from tqdm import tqdm
 
 import models_dit as dit
 
@@ -176,6 +176,22 @@ def psnr(images, twins):
 # Files, and rows of metrics.json
 
 
+def mapped(path, file):
+    """arr_0 of the open .npz `file` at `path`: on disk as a memory map, if np.savez wrote uint8."""
+    entry = file.zip.getinfo("arr_0.npy")
+    with file.zip.open(entry) as member:
+        np.lib.format.read_magic(member)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        start = entry.header_offset + 30 + member.tell()  # zip: 30 bytes, two texts, the .npy
+        if dtype != np.uint8 or entry.compress_type:
+            return file["arr_0"]
+        while member.read(1 << 20):  # raises at the end if the checksum is another
+            pass
+    file.fid.seek(entry.header_offset + 26)
+    lengths = np.frombuffer(file.fid.read(4), "<u2")  # of the two texts
+    return np.memmap(path, np.uint8, "r", start + int(lengths.sum()), shape)
+
+
 def read(path, or_statistics=False):
     """Images arr_0 (N, H, W, C), of an .npz or a folder of png and jpg; and all else it holds."""
     try:
@@ -185,7 +201,7 @@ def read(path, or_statistics=False):
             arrays = {"arr_0": np.stack([np.atleast_3d(image) for image in images])}
         else:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file}
+                arrays = {k: mapped(path, file) if k == "arr_0" else file[k] for k in file}
         arrays["meta"] = json.loads(str(arrays.get("meta", "{}")))
     except Exception as error:  # numpy, zipfile, zlib, PIL and json each raise their own
         raise dit.InputError(f"{path} cannot be read, make it again: {error}") from error
@@ -207,21 +223,30 @@ def read_rows(path):
 
 
 @torch.no_grad()
-def extract(network, images, reference, args, name):
-    """What a reference holds, of images (N, H, W, C): statistics and features; and logits."""
-    outputs = []
-    for at in tqdm(range(0, len(images), args.batch_size), desc=name):
+def extract(network, images, reference, head, args, world):
+    """What a reference holds, of images (N, H, W, C): statistics and features; and logits. All
+    processes share the batches; rank 0 joins them, the others get {}."""
+    parts = dit.Parts(args.run / "metrics.json", dict(settings=head, inputs={}), args.batch_size)
+    starts, name = range(0, len(images), args.batch_size), head["file"]
+    mine = world.share(parts, starts)
+    for at in world.bar(mine, desc=f"05 {name}"):
         try:
-            batch = torch.from_numpy(images[at : at + args.batch_size]).to(args.device)
-            outputs.append(network(batch))
+            batch = torch.tensor(images[at : at + args.batch_size], device=args.device)
+            outputs = network(batch)
         except RuntimeError as error:  # other channels than it was trained on, or out of memory
             raise dit.InputError(f"{name} does not fit the feature network: {error}") from error
-        for key in () if at else reference.keys() & {"mu", "sigma", "features", "mu_s", "sigma_s"}:
-            have, need = reference[key].shape[-1], outputs[0][key.endswith("_s")].shape[1]
+        keys = {"mu", "sigma", "features", "mu_s", "sigma_s"} if at == mine[0] else set()
+        for key in reference.keys() & keys:
+            have, need = reference[key].shape[-1], outputs[key.endswith("_s")].shape[1]
             if have != need or not torch.as_tensor(reference[key]).isfinite().all():
                 what = f"{key} of the reference has {have} dimensions (or NaN), {name} has {need}"
                 raise dit.InputError(f"{what}: make it with these --features and image size")
-    features, spatial, logits = (torch.cat(column) for column in zip(*outputs, strict=True))
+        parts.save(at, [x.cpu() for x in outputs])
+    world.wait()
+    if world.rank:
+        return {}
+    columns = zip(*map(parts.load, starts), strict=True)
+    features, spatial, logits = (torch.cat(column).to(args.device) for column in columns)
     (mu, sigma), (mu_s, sigma_s) = moments(features), moments(spatial)
     return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, features=features, logits=logits)
 
@@ -238,11 +263,9 @@ def compare(arrays, file, twin):
     return psnr(arrays["arr_0"], other["arr_0"]), ""
 
 
-def score(file, network, reference, args, head):
+def score(file, arrays, made, reference, args, head):
     """The row of one file of samples: its metrics, and what they depend on."""
-    arrays = read(file)
     images, meta = arrays["arr_0"], arrays["meta"]
-    made = extract(network, images, reference, args, file.stem)
     fid = frechet_distance(*POOLED(made), *POOLED(reference))
     sfid = frechet_distance(*SPATIAL(made), *SPATIAL(reference)) if "mu_s" in reference else None
     values = fid, sfid, inception_score(made["logits"])
@@ -292,7 +315,7 @@ def save_comparison(path, rows, columns=10):
 
 
 def main(args):
-    path, source = args.run / "metrics.json", args.reference
+    world, path, source = dit.World(), args.run / "metrics.json", args.reference
     rows, files = read_rows(path), sorted(args.run.glob("samples_*.npz"))
     if not files or args.batch_size < 1:
         raise dit.InputError(f"--batch-size < 1, or no samples_*.npz in {args.run}: run 04 first")
@@ -304,21 +327,26 @@ def main(args):
     common |= dict(reference=source.name, reference_sha256=digest)
     digests = {file: dit.sha256_of(file) for file in files}
     common["fp_sha256"] = digests.get(args.run / "samples_fp.npz")
-    for file in files:
-        head = common | dict(file=file.name, samples_sha256=digests[file])
-        same = [row for row in rows if ROW_KEY(row) == ROW_KEY(head)]
-        if same and same[0].get("fp_sha256") == head["fp_sha256"] and not args.force:
-            continue
-        if "arr_0" in reference and "features" not in reference:  # once; its own statistics win
-            reference = extract(network, reference["arr_0"], reference, args, "ref") | reference
-        new = score(file, network, reference, args, head)
-        rows = [new, *(row for row in rows if row not in same)]
-        rows.sort(key=by_bits)
-        text = json.dumps({"format": dit.FORMAT, "rows": rows}, indent=1).encode()
-        dit.write_atomic(path, lambda out, text=text: out.write(text))
-    print_table(rows)
-    save_comparison(args.run / "comparison.png", rows)
-    print(f"wrote {path} ({len(rows)} rows) and comparison.png.  Next: other bits, from 03 on")
+    heads = [common | dict(file=file.name, samples_sha256=digests[file]) for file in files]
+    known = {} if args.force else {ROW_KEY(row): row.get("fp_sha256") for row in rows}
+    todo = world.agree([head for head in heads if known.get(ROW_KEY(head), 0) != head["fp_sha256"]])
+    samples = [read(args.run / head["file"]) for head in todo]
+    if todo and "arr_0" in reference and "features" not in reference:  # its own statistics win
+        head = common | dict(file="reference")
+        reference = extract(network, reference["arr_0"], reference, head, args, world) | reference
+    for head, arrays in zip(todo, samples, strict=True):
+        made = extract(network, arrays["arr_0"], reference, head, args, world)
+        if world.rank == 0:
+            new = score(args.run / head["file"], arrays, made, reference, args, head)
+            rows = [new, *(row for row in rows if ROW_KEY(row) != ROW_KEY(new))]
+            rows.sort(key=by_bits)
+            text = json.dumps({"format": dit.FORMAT, "rows": rows}, indent=1).encode()
+            dit.write_atomic(path, lambda out, text=text: out.write(text))
+    if world.rank == 0:
+        dit.Parts(path, dict(settings=common, inputs={})).clear()
+        print_table(rows)
+        save_comparison(args.run / "comparison.png", rows)
+        print(f"wrote {path} ({len(rows)} rows) and comparison.png.  Next: other bits, from 03 on")
 
 
 if __name__ == "__main__":

@@ -248,4 +248,4 @@ def test_script_refuses_bad_input_in_one_line(run, case, monkeypatch, capsys):
         ev.dit.run_script(ev.main, ev.parse_args)
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "it/s]" not in line]
     assert stop.value.code == 2 and [line.split(":")[0] for line in lines] == ["05_eval_fid.py"]
-    assert before == {path: path.read_bytes() for path in run.iterdir()}
+    assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}

@@ -239,7 +239,7 @@ def lines_of(name, result):
     return [line for line in result.stderr.splitlines() if line.startswith(name)]
 
 
-@pytest.mark.parametrize("name", ["03_quantize", "04_sample"])
+@pytest.mark.parametrize("name", ["03_quantize", "04_sample", "05_eval_fid"])
 def test_three_processes_write_the_same_bytes_as_one(name, scored_run, tmp_path):
     """torchrun spreads the work and changes nothing; one process alone speaks."""
     run = without(scored_run, tmp_path, name)
@@ -250,7 +250,7 @@ def test_three_processes_write_the_same_bytes_as_one(name, scored_run, tmp_path)
     assert result.stdout.count("Next:") == 1 and len(bars) == len(set(bars)) > 0
 
 
-@pytest.mark.parametrize("name", ["04_sample"])
+@pytest.mark.parametrize("name", ["04_sample", "05_eval_fid"])
 def test_dead_process_stops_the_others_and_fewer_continue(name, scored_run, tmp_path):
     """kill -9 of one of three: each other says so in one line; two processes end with the bytes."""
     run = without(scored_run, tmp_path, name)
