@@ -356,7 +356,10 @@ def image_generators(seed, indices, stream=0):
 
 def draw_noise(generators, shape, device):
     """(N, *shape) standard normal noise, row i from generator i, the same on every device."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    if torch.device(device).type == "cuda":
+        noise = noise.pin_memory()  # a copy of other memory waits until the GPU is idle
+    return noise.to(device, non_blocking=True)
 
 
 def trajectory(model, diffusion, y, generators, cfg_scale, cfg_channels=3):

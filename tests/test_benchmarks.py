@@ -1,0 +1,78 @@
+"""benchmarks/sampling.py runs, measures a model that is one, and no step of it waits for a GPU."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import sampling  # noqa: E402
+
+CONFIG = dict(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5)
+
+
+def run(*flags):
+    command = [sys.executable, ROOT / "benchmarks" / "sampling.py", "--device", "cpu", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def quantized(device="cpu"):
+    """A tiny lively DiT, its W8A8 twin, labels (4,), and eps of both, (4, C, H, W)."""
+    model, y = sampling.lively(CONFIG, device), torch.arange(4, device=device)
+    batch = torch.randn(4, 4, 8, 8, device=device), torch.full_like(y, 500), y
+    twin = sampling.quantize(model, CONFIG, batch)
+    return twin, y, model(*batch), twin(*batch)
+
+
+def test_quantized_model_is_near_full_precision_and_not_equal():
+    """8 bits with min-max steps: an error of 0.1 to 10 %, and all 14 layers are swapped."""
+    twin, _, wanted, found = quantized()
+    assert 1e-3 < ((found - wanted).norm() / wanted.norm()).item() < 0.1
+    swapped = [m for m in twin.modules() if type(m) in sampling.q.LAYERS.values()]
+    assert len(swapped) == 1 + 6 * 2 + 1 and twin.group_table.unique().tolist() == [*range(10)]
+
+
+def test_table_has_a_row_for_each_contender():
+    """The demo in a second: hardware first, then ratios, full precision's own being 1."""
+    result = run("--models", "demo", "--batch-size", "1", "--rounds", "1", "--no-compile")
+    assert result.returncode == 0, result.stderr
+    assert torch.__version__ in result.stdout.splitlines()[0]
+    assert re.search(r"\| ours, full precision \| [\d.]+ \| 1.00 \|", result.stdout)
+    assert re.search(r"\| W8A8 \| [\d.]+ \| [\d.]+ \|", result.stdout)
+
+
+def test_checkout_that_is_none_is_refused_in_one_line():
+    """--official NOWHERE: status 2 and the reason."""
+    result = run("--models", "demo", "--official", "nowhere")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "--official nowhere" in result.stderr
+
+
+@torch.no_grad()
+def test_no_step_reads_a_value_back():
+    """A sampling step of the quantized model has no operation that hands a number to Python."""
+    steps = sampling.ours(*quantized()[:2])
+    next(steps)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        next(steps)
+    names = {event.key for event in record.key_averages()}
+    assert "aten::addmm" in names
+    assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_no_step_waits_for_the_gpu():
+    """CUDA itself raises if a step synchronizes, the copy of its noise included."""
+    steps = sampling.ours(*quantized("cuda")[:2])
+    next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
