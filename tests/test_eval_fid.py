@@ -198,6 +198,20 @@ def test_script_scores_a_run_and_keeps_what_it_has(run):
     assert "kept" in again and "kept" not in forced and "w6a6" in forced
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_read_maps_what_savez_wrote_and_checks_it(save, tmp_path):
+    """The same images, mapped unless compressed; an altered row is refused."""
+    images, path = rng().integers(0, 256, (20, 64, 64, 3), dtype=np.uint8), tmp_path / "a.npz"
+    save(path, labels=np.arange(20), arr_0=images, arr_1=images)
+    found = ev.read(path)
+    assert np.array_equal(found["arr_0"], images) and found["labels"].tolist() == [*range(20)]
+    assert isinstance(found["arr_0"], np.memmap) == (save is np.savez)
+    path.write_bytes(path.read_bytes().replace(images[9, 3].tobytes(), images[9, 2].tobytes(), 1))
+    if save is np.savez:
+        with pytest.raises(ev.dit.InputError, match="CRC"):
+            ev.read(path)
+
+
 def test_script_takes_a_folder_and_bare_adm_samples(run):
     """The same images as png score the same; without meta the name is the file's, PSNR absent."""
     (run / "folder").mkdir()
