@@ -58,6 +58,7 @@ def layer_state(name, layer, ranges):
         weight=q.pack_weight(layer.weight.cpu(), *step_zero, BITS),
         bias=layer.bias.cpu(),
         act=q.quantizer_state(q.FullPrecision()) if conv else act,  # Deviation D6
+        balance=None,
     )
 
 
