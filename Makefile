@@ -5,7 +5,7 @@ DEMO = --ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --steps 50 --cfg-s
 SCORE = --reference demo/reference_mnist.npz --features demo/features_mnist.pt
 IMAGES ?= 200
 
-.PHONY: demo tables test lint clean
+.PHONY: demo tables figures test lint clean
 
 demo: .venv/done  ## the five phases on the demo DiT: FP, W8A8, W6A6
 	$(PY) 01_collect_calib.py --run $(RUN) $(DEMO)
@@ -19,6 +19,9 @@ demo: .venv/done  ## the five phases on the demo DiT: FP, W8A8, W6A6
 
 tables: .venv/done  ## the paper's tables on the demo DiT; QUICK=1: half an hour on 2 cores
 	$(PY) benchmarks/tables.py $(if $(QUICK),--quick)
+
+figures: .venv/done  ## pictures of that sweep, into demo/; QUICK=1 as for tables
+	$(PY) benchmarks/figures.py --run $(if $(QUICK),runs/tables/quick/T100_seed0,runs/tables/full/T250_seed0)
 
 test: .venv/done  ## every test, on the CPU
 	$(PY) -m pytest -q
