@@ -4,10 +4,10 @@ fig2_histograms: values after softmax and GELU, with the regions and the levels 
 fig3_softmax_over_time: channel maxima after softmax over t, with s_1 of every time group.
 fig6_samples: the same seeds under several models.
 layer_error: where HO, MRQ and TGQ change the weighted output error; drawn last, in layer_error.py.
-Needs what `make demo` leaves in RUN; the last also what benchmarks/ablation.py leaves there. Run
-it from the repository root, to which the checkpoint's path is relative.
+Needs what `make tables` leaves in RUN; the first three are content with `make demo`'s. Run it from
+the repository root, to which the checkpoint's path is relative.
 
-    python benchmarks/figures.py --run runs/demo --out demo
+    python benchmarks/figures.py --run runs/tables/quick/T100_seed0 --out demo
 """
 
 import argparse

@@ -57,7 +57,7 @@ def save(path, fig):
 def load_rungs(run, bits):
     """Quant files by tag; InputError if one is missing or they do not compare. `best` is drawn if
     it is there and compares."""
-    command, quants = f"python benchmarks/ablation.py --run {run}", {}
+    command, quants = "make tables", {}
     paths = {tag: run / f"quant_{bits}_{tag}.pt" for tag in RUNGS}
     if not paths["full"].is_file():
         paths["full"] = run / f"quant_{bits}.pt"

@@ -136,7 +136,7 @@ def test_samples_stand_in_the_picture_pixel_for_pixel(run):
         ("calib.pt", "01_collect_calib.py"),
         ("quant_w6a6.pt", "03_quantize.py"),
         ("samples_fp.npz", "04_sample.py"),
-        ("quant_w6a6_ho.pt", "benchmarks/ablation.py"),
+        ("quant_w6a6_ho.pt", "make tables"),
     ],
 )
 def test_missing_input_is_one_line_that_names_the_command(run, tmp_path, missing, command):
