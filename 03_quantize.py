@@ -98,14 +98,24 @@ def load_grads(name, args):
 
 def load_unit(name, calib, args):
     """A unit's inputs, output gradients and time groups, of all rows or of --rows of them."""
-    unit = load_grads(name, args)
-    groups = calib["calibration"]["group"]
-    wanted = torch.ones(len(groups), dtype=torch.bool)
-    if args.rows:  # the first of every group: rows of a group are in random order
-        place = torch.cat([torch.arange(int(n)) for n in groups.bincount()])
-        wanted = place < args.rows / calib["settings"]["groups"]
+    unit, rows = load_grads(name, args), calib["calibration"]
+    wanted = torch.arange(len(rows["t"]))
+    if args.rows:
+        wanted = spread_rows(rows["t"], rows["group"], args.rows)
     columns = [[x[wanted] for x in unit[key]] for key in ("unit_inputs", "unit_grads")]
-    return *columns, groups[wanted]
+    return *columns, rows["group"][wanted]
+
+
+def spread_rows(t, groups, count):
+    """Indices of about `count` of the rows, as many from each time group, spread over its
+    timesteps from the first to the last: the ends are where values are largest."""
+    found = []
+    for i in range(int(groups.max()) + 1):
+        rows = (groups == i).nonzero()[:, 0]
+        rows = rows[t[rows].argsort(stable=True)]
+        each = min(len(rows), -(-count // (int(groups.max()) + 1)))
+        found.append(rows[torch.linspace(0, len(rows) - 1, each).round().long()])
+    return torch.cat(found)
 
 
 def capture(function, layer, inputs, grads, groups, args):

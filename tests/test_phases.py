@@ -129,6 +129,17 @@ def test_load_unit_takes_a_stratified_subset(tiny_run):
     assert all(len(x) == 2 * groups for x in (*inputs, *grads))
 
 
+def test_spread_rows_reach_both_ends_of_every_group():
+    """The first and the last timestep of a group are among its rows; none is taken twice."""
+    t, groups = torch.randperm(60), torch.arange(60) % 2
+    rows = PHASE3.spread_rows(t, groups, 10)
+    assert len(rows.unique()) == 10 and groups[rows].tolist() == [0] * 5 + [1] * 5
+    for i in range(2):
+        mine, all_t = t[rows[groups[rows] == i]], t[groups == i]
+        assert mine.min() == all_t.min() and mine.max() == all_t.max()
+    assert len(PHASE3.spread_rows(t, groups, 1000)) == 60
+
+
 def test_patch_dead_gives_plain_squared_error_where_there_is_no_gradient():
     """D2: a channel or a time group without gradient gets the layer's mean weight; no other."""
     grad = torch.randn(6, 4, 3)
