@@ -41,8 +41,8 @@ EXTRA = {  # and the linear layers that --layers all or --cond-bits adds
 BALANCE = (None, 0.5, 1.0)  # strengths that --balance tries for each layer
 PRESETS = {
     "paper": {},
-    "best": dict(tag="best", rounds=1, edge_bits=8, cond_bits=8)
-    | dict(tgq_inputs=True, balance=True, rounding="gptq"),
+    "best": dict(tag="best", rounds=1, edge_bits=8, cond_bits=8, tgq_inputs=True)
+    | dict(balance=True, rounding="gptq"),
 }
 
 
@@ -58,10 +58,10 @@ def parse_args():
     p.paper.add_argument(
         "--weight-granularity", choices=("channel", "tensor"), default="channel", help="D5"
     )
-    p.paper.add_argument("--rows", type=int, help="search on a stratified subset of the rows")
+    p.paper.add_argument("--rows", type=int, help="search on so many rows, spread over t")
     p.paper.add_argument("--tag", default="", help="names the file quant_wXaY_TAG.pt")
     more = p.add_argument_group("beyond the paper (off by default)")
-    more.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="best: all below")
+    more.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="best: all these")
     more.add_argument("--edge-bits", type=int, help="bits of the first and the last layer")
     more.add_argument("--cond-bits", type=int, help="bits of adaLN's and the embedders' weights")
     more.add_argument("--tgq-inputs", action=flag, default=False, help="TGQ for inputs of linears")
@@ -314,7 +314,7 @@ def settings_of(child, kind, layer, args):
     own = {} if isinstance(layer, Linear) else dict(tgq_inputs=False)  # it is told no time group
     if child in EXTRA[kind] and args.cond_bits:
         own |= dict(wbits=args.cond_bits, rounding="nearest")
-    elif kind != "block" and args.edge_bits:
+    elif kind != "block" and child in RELEASED[kind] and args.edge_bits:
         own |= dict(wbits=args.edge_bits, abits=args.edge_bits)
     return changed(args, **own)
 

@@ -408,6 +408,9 @@ def test_edge_and_cond_bits_reach_their_layers_only(tiny_run):
     assert states["final_layer.linear"]["act"]["bits"] == 8
     assert states["blocks.0.mlp.fc2"]["act"]["step1"].shape == (3,)
     assert states["blocks.0.attn.qk"]["a"]["bits"] == 5
+    all_layers = options(run=tiny_run, rounds=1, edge_bits=8, layers="all")
+    done = PHASE3.quantize_unit("final", model, calib, all_layers)
+    assert done["final_layer.adaLN_modulation.1"]["state"]["weight"]["bits"] == 4
 
 
 def test_preset_best_sets_flags_that_others_override(monkeypatch):
