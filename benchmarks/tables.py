@@ -397,6 +397,17 @@ Brackets are 95 % bootstrap intervals over the images, the same draws for every 
 compared image by image, from the same seeds. SNR of eps is against full precision, on 80 validation
 rows, weighted by the sampler's sensitivity. `best` is `--preset best`.
 
+## Figures
+
+`make figures` draws these from the sweep: values after softmax and GELU with the regions of MRQ
+(Fig. 2 of the paper), channel maxima after softmax over the timesteps with the step of every time
+group (Fig. 3), samples (Fig. 6), and where each idea changes the weighted output error.
+
+![Values after softmax and GELU](fig2_histograms.png)
+![Channel maxima after softmax over the timesteps](fig3_softmax_over_time.png)
+![Samples of several models from the same seeds](fig6_samples.png)
+![Weighted output error by kind of layer, and what each idea changes](layer_error.png)
+
 """
 
 
