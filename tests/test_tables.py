@@ -93,6 +93,12 @@ def test_drawn_distances_use_the_same_images_for_every_model(tables):
     assert np.array_equal(own, copy) and (off > own).all() and own.std() > 0
 
 
+def test_intervals_of_distances_stand_around_the_estimate(tables):
+    """Draws that are all too high by 5 keep their spread and lose their place."""
+    draws = 5 + np.linspace(-1, 1, 401)
+    np.testing.assert_allclose(tables.centred(2.0, draws), [1.05, 2.95])
+
+
 def test_a_section_is_replaced_and_all_else_kept(tables, tmp_path):
     path = tmp_path / "RESULTS.md"
     tables.write_section(path, "a", "first")
