@@ -55,7 +55,7 @@ def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--quick", action="store_true", help="30 images, 40 rows, R = 1")
+    p.add_argument("--quick", action="store_true", help="20 images, 40 rows, R = 1")
     p.add_argument("--num-images", type=int, help="N")
     p.add_argument("--rows", type=int, help="calibration rows of each search; default: all")
     p.add_argument("--rounds", type=int, help="R")
@@ -69,7 +69,7 @@ def parse_args():
     p.add_argument("--out", type=Path, default=Path("demo"))
     defaults = dict(num_images=10000, rows=None, rounds=3, ablation_steps=250, name="full")
     if p.parse_known_args()[0].quick:
-        defaults = dict(num_images=30, rows=40, rounds=1, ablation_steps=100, name="quick")
+        defaults = dict(num_images=20, rows=40, rounds=1, ablation_steps=100, name="quick")
     p.set_defaults(**defaults)
     return p.parse_args()
 
