@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -510,7 +511,8 @@ def error_rows(sweep, bits, rungs):
 
 
 def models_section(sweep, scores, tables, found):
-    for title, steps in zip(("Table I", "Table II"), sweep.args.steps, strict=False):
+    for steps in sweep.args.steps:
+        title = {250: "Table I", 100: "Table II"}.get(steps, "As in Table I")
         rows = [model_row(fp_row(sweep, scores, steps))]
         rows += [model_row(found[row]) for row in tables[steps]]
         yield f"### {title}: T = {steps}\n\n" + table(MODEL_COLUMNS, rows)
@@ -571,7 +573,9 @@ def render(sweep, scores, tables, found):
 
 
 def command_line():
-    return " ".join(["python benchmarks/tables.py", *sys.argv[1:]])
+    """How to run this sweep again; where it writes is the reader's choice."""
+    flags = " ".join(["python benchmarks/tables.py", *sys.argv[1:]])
+    return re.sub(r" --(out|runs) \S+", "", flags)
 
 
 def write_section(path, name, text):

@@ -114,3 +114,9 @@ def test_row_says_what_it_was_measured_with(tables):
     row = dict(sweep="quick", num_images=40, steps=100, calibration_seed=1, image_seed=0, rows=40)
     assert tables.origin(row) == "quick: N = 40, T = 100, seeds 1, 0, 40 rows"
     assert tables.origin(row | dict(num_images=None)) == "quick: T = 100, seeds 1, 0, 40 rows"
+
+
+def test_recorded_command_tells_no_folder_of_the_writer(tables, monkeypatch):
+    flags = ["tables.py", "--name", "x", "--out", "/some/where", "--rows", "80", "--runs", "here"]
+    monkeypatch.setattr(sys, "argv", flags)
+    assert tables.command_line() == "python benchmarks/tables.py --name x --rows 80"
