@@ -160,6 +160,7 @@ def load_quant(bits, args):
     """The quant file of --preset best at these bits; InputError if it is another's."""
     path = args.run / f"quant_w{bits.replace('/', 'a')}_best.pt"
     quant = dit.load_artifact(path, "quant", "03_quantize.py --preset best")
+    s03.load_grads("embed", args)  # InputError here rather than after the first images
     same = quant["inputs"]["calib"] == dit.sha256_of(args.run / "calib.pt")
     if quant["settings"]["rounding"] != "gptq" or not same:
         raise dit.InputError(f"{path} is not --preset best on this calib.pt: run 03_quantize.py")
