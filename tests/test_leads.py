@@ -67,7 +67,7 @@ def test_change_is_that_of_the_means(table):
 @pytest.mark.parametrize("flags", ["--bits 3/3", "--num-images 0", "--run nowhere"])
 def test_bad_input_is_one_line(best_run, flags):
     """Status 2 and the reason, before anything is measured."""
-    result = run("--run", best_run, *flags.split())
+    result = run("--run", best_run, "--bits", "4/8", *flags.split())
     assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
