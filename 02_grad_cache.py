@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from models_dit import (
     Diffusion, Parser, Parts, already_made, at_least_one, draw_noise, explicit_products, header,
-    image_generators, load_calib, load_calibrated, run_script, sha256_of, unit_on, units,
-    write_atomic,
+    image_generators, load_calib, load_calibrated, print_peak, run_script, sha256_of, unit_on,
+    units, write_atomic,
 )
 
 STREAM = 2  # of random numbers, for --eps renoise
@@ -127,6 +127,7 @@ def main(args):
     sizes = [file.stat().st_size for file in last.parent.glob("*.pt")]
     print(f"wrote {len(sizes)} files in {last.parent}, {sum(sizes) / 2**20:.0f} MiB.  ", end="")
     print(f"Next: python 03_quantize.py --run {args.run} --wbits 8 --abits 8")
+    print_peak(args.device)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ ratio of eps on rows it was not fitted to, and the layers that cost most.
 """
 
 from argparse import BooleanOptionalAction, Namespace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from models_dit import (
     Diffusion, InputError, Linear, MatMul, Parser, Parts, World, already_made, at_least_one,
     check_bits, explicit_products, header, load_artifact, load_calib, load_calibrated, model_name,
-    run_script, save_artifact, sha256_of, unit_on, units,
+    print_peak, run_script, save_artifact, sha256_of, unit_on, units,
 )
 from quant_ops import (
     LAYERS, FullPrecision, balance_factors, build_quantized, compensated_rounding, fake_quant,
@@ -332,13 +333,11 @@ def quantize_layer(child, kind, layer, chunks, groups, args):
     return states[costs.index(min(costs))]
 
 
-def quantize_unit(name, model, calib, args):
-    """Lines 14-33 for the layers of one unit: their states and costs, by layer name.
-
-    Costs are weighted by the gradient (or D2's stand-in), whatever --metric is: runs compare.
+def unit_layers(name, model, calib, args):
+    """Lines 14-15 for one unit: yields (layer's name, chunks, a function that searches its steps).
     """
     inputs, grads, groups = load_unit(name, calib, args)
-    kind, prefix, done = name.split("_")[0], units(model)[name], {}
+    kind, prefix = name.split("_")[0], units(model)[name]
     extra = EXTRA[kind] if args.layers == "all" or args.cond_bits else ()
     with unit_on(model, name, args.device) as function:
         for child in RELEASED[kind] + extra:
@@ -346,9 +345,20 @@ def quantize_unit(name, model, calib, args):
             chunks = capture(function, layer, inputs, grads, groups, args)
             chunks = patch_dead(chunks, groups, 1 if isinstance(layer, nn.Conv2d) else -1)
             own = settings_of(child, kind, layer, args)
-            state = quantize_layer(child, kind, layer, chunks, groups, own)
-            cost = layer_cost(state, chunks, changed(args, metric="hessian"))
-            done[prefix + child] = dict(state=state, **cost)
+            yield prefix + child, chunks, partial(
+                quantize_layer, child, kind, layer, chunks, groups, own
+            )
+
+
+def quantize_unit(name, model, calib, args):
+    """Lines 14-33 for the layers of one unit: their states and costs, by layer name.
+
+    Costs are weighted by the gradient (or D2's stand-in), whatever --metric is: runs compare.
+    """
+    done, plain = {}, changed(args, metric="hessian")
+    for layer, chunks, find_steps in unit_layers(name, model, calib, args):
+        state = find_steps()
+        done[layer] = dict(state=state, **layer_cost(state, chunks, plain))
     return done
 
 
@@ -425,6 +435,7 @@ def main(args):
         parts.clear()
         flags = f"--wbits {args.wbits} --abits {args.abits}{' --tag ' * bool(args.tag)}{args.tag}"
         print(f"{wrote}.  Next: python 04_sample.py --run {args.run} {flags}")
+    print_peak(args.device)
 
 
 if __name__ == "__main__":

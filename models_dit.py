@@ -612,6 +612,13 @@ def pick_device(name):
     return device
 
 
+def print_peak(device):
+    """On CUDA, the most memory that tensors of this process have taken there."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+        print(f"peak GPU memory {peak:.0f} MiB")
+
+
 def at_least_one(args, *flags):
     for flag in flags:
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
