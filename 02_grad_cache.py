@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from models_dit import (
     Diffusion, Parser, Parts, already_made, at_least_one, draw_noise, explicit_products, header,
-    image_generators, load_calib, load_calibrated, print_peak, run_script, sha256_of, unit_on,
-    units, write_atomic,
+    image_generators, load_calib, load_calibrated, print_peak, run_script, unit_on, units,
+    write_atomic,
 )
 
 STREAM = 2  # of random numbers, for --eps renoise
@@ -107,7 +107,7 @@ def backward_pass(model, parts, head, args):
 def main(args):
     at_least_one(args, "batch_size")
     calib = load_calib(args.run)
-    inputs = {"calib": sha256_of(args.run / "calib.pt")}
+    inputs = {"calib": calib["sha256"]}
     head = header("grads", {"eps": args.eps}, inputs, args.device)
     last = args.run / "grads" / "embed.pt"  # written last: its presence says that all are there
     parts = Parts(args.run / "grads", head)

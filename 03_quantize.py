@@ -20,13 +20,14 @@ import torch.nn.functional as F
 
 from models_dit import (
     Diffusion, InputError, Linear, MatMul, Parser, Parts, World, already_made, at_least_one,
-    check_bits, explicit_products, header, load_artifact, load_calib, load_calibrated, model_name,
-    print_peak, run_script, save_artifact, sha256_of, unit_on, units,
+    check_bits, explicit_products, header, load_artifact, load_calib, load_calibrated,
+    model_name, on_device, print_peak, run_script, save_artifact, sha256_of, unit_on, units,
 )
 from quant_ops import (
-    LAYERS, FullPrecision, balance_factors, build_quantized, compensated_rounding, fake_quant,
-    gelu_candidates, group_table, hessian_loss, pack_weight, qparams_from_range,
-    quantizer_state, search, softmax_candidates, step_grid, uniform_candidates,
+    LAYERS, FloatProduct, FullPrecision, IntProduct, balance_factors, build_quantized,
+    compensated_rounding, fake_quant, gelu_candidates, group_table, hessian_loss, pack_weight,
+    qparams_from_range, quantizer_state, search, softmax_candidates, step_grid,
+    uniform_candidates,
 )
 
 RELEASED = {  # Deviation D6: the layers of the authors' release, by the unit they are in
@@ -68,7 +69,10 @@ def parse_args():
     more.add_argument("--tgq-inputs", action=flag, default=False, help="TGQ for inputs of linears")
     more.add_argument("--balance", action=flag, default=False, help="even out input channels")
     more.add_argument("--rounding", choices=("nearest", "gptq"), default="nearest", help="weights")
-    p.machine.add_argument("--batch-size", type=int, default=8, help="calibration rows at a time")
+    p.machine.add_argument("--batch-size", type=int, default=8, help="rows of a unit's own passes")
+    p.machine.add_argument(
+        "--memory-limit", type=float, help="MiB of a search's chunk; if not given 512, on a CPU 32"
+    )
     p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])  # other flags win over the preset
     return p.parse_args()
 
@@ -81,6 +85,8 @@ def check(args):
     optional = [flag for flag in ("edge_bits", "cond_bits") if getattr(args, flag) is not None]
     check_bits(args, "wbits", "abits", *optional)
     at_least_one(args, "rounds", "rows", "batch_size")
+    if args.memory_limit is not None and not args.memory_limit > 0:
+        raise InputError(f"--memory-limit {args.memory_limit}: must be above 0")
     if args.cond_bits and args.layers == "all":
         raise InputError("--cond-bits is for --layers released: all quantizes those layers too")
 
@@ -89,17 +95,17 @@ def check(args):
 # A layer's calibration data: chunks [grad, y, *inputs, group] on the host, rows first
 
 
-def load_grads(name, args):
+def load_grads(name, calib, args):
     """What Phase 2 wrote of a unit; InputError if it did so for another calib.pt."""
     unit = load_artifact(args.run / "grads" / f"{name}.pt", "grads", "02_grad_cache.py")
-    if unit["inputs"]["calib"] != sha256_of(args.run / "calib.pt"):
+    if unit["inputs"]["calib"] != calib["sha256"]:
         raise InputError(f"{args.run}/grads is of another calib.pt: run 02_grad_cache.py --force")
     return unit
 
 
 def load_unit(name, calib, args):
     """A unit's inputs, output gradients and time groups, of all rows or of --rows of them."""
-    unit, rows = load_grads(name, args), calib["calibration"]
+    unit, rows = load_grads(name, calib, args), calib["calibration"]
     wanted = torch.arange(len(rows["t"]))
     if args.rows:
         wanted = spread_rows(rows["t"], rows["group"], args.rows)
@@ -125,7 +131,7 @@ def capture(function, layer, inputs, grads, groups, args):
     A zero is added to the layer's output and the unit runs on; the gradient with respect to that
     zero is the layer's.
     """
-    kept, chunks = {}, []
+    kept, columns, done = {}, None, 0
 
     def hook(module, layer_inputs, output):
         kept["zero"] = torch.zeros_like(output, requires_grad=True)
@@ -134,41 +140,69 @@ def capture(function, layer, inputs, grads, groups, args):
 
     handle = layer.register_forward_hook(hook)
     try:
-        columns = [x.split(args.batch_size) for x in (*inputs, *grads, groups)]
-        for *batch, group in zip(*columns, strict=True):
+        batches = [x.split(args.batch_size) for x in (*inputs, *grads, groups)]
+        for *batch, group in zip(*batches, strict=True):
             batch = [x.to(args.device) for x in batch]
             outputs = zip(function(*batch[: len(inputs)]), batch[len(inputs) :], strict=True)
             ends, ends_grad = zip(*(pair for pair in outputs if pair[0].requires_grad), strict=True)
             (grad,) = torch.autograd.grad(ends, kept["zero"], ends_grad)
-            chunks.append([x.detach().cpu() for x in (grad, *kept["data"], group)])
+            found = [x.detach() for x in (grad, *kept["data"], group)]
+            columns = columns or [host_column(x, len(groups), args) for x in found]
+            for column, x in zip(columns, found, strict=True):
+                column[done : done + len(x)] = x
+            done += len(group)
     finally:
         handle.remove()
-    return chunks
+    copies = 6 if isinstance(layer, MatMul) else 3  # of a chunk, while candidates are tried on it
+    return split(columns, copies, args)
 
 
-def patch_dead(chunks, groups, channel=-1):
+def host_column(like, rows, args):
+    """Room on the host for these rows, from where CUDA copies without waiting."""
+    pinned = args.device.type == "cuda"
+    return torch.empty(rows, *like.shape[1:], dtype=like.dtype, pin_memory=pinned)
+
+
+def split(columns, copies, args):
+    """Columns cut into chunks of as many rows as --memory-limit has room for."""
+    limit = args.memory_limit or (512 if args.device.type == "cuda" else 32)
+    row = sum(x[:1].nbytes for x in columns)
+    rows = max(1, int(limit * 2**20 / (copies * row)))
+    return [list(chunk) for chunk in zip(*(x.split(rows) for x in columns), strict=True)]
+
+
+def patch_dead(chunks, groups, channel=-1, device="cpu"):
     """Where the loss has no gradient, an output channel or a whole time group falls back to plain
-    squared error (Deviation D2), weighted like the rest of the layer. Returns new chunks."""
-    grads = torch.cat([grad for grad, *_ in chunks])
-    size = grads.abs()
-    largest = torch.stack([size[groups == i].max() for i in range(int(groups.max()) + 1)])
-    dead_row = (largest <= 1e-4 * size.max())[groups].view(-1, *[1] * (grads.ndim - 1))
-    others = [d for d in range(grads.ndim) if d != channel % grads.ndim]
-    dead = dead_row | (size.amax(others, keepdim=True) == 0)
-    alive = (~dead).expand_as(grads).sum()
-    rms = (torch.where(dead, 0, grads).square().sum() / alive).sqrt() if alive else torch.ones(())
-    grads = torch.where(dead, rms, grads)
-    parts = grads.split(len(chunks[0][0]))
-    return [[grad, *rest] for grad, (_, *rest) in zip(parts, chunks, strict=True)]
+    squared error (Deviation D2), weighted like the rest of the layer. Chunks without such stay."""
+    others = [d for d in range(chunks[0][0].ndim) if d != channel % chunks[0][0].ndim]
+    largest, energy, channels = [], [], []
+    for grad, *_ in chunks:
+        size = grad.to(device).abs()
+        channels.append(size.amax(others, keepdim=True))
+        largest.append(size.flatten(1).amax(dim=1).cpu())
+        energy.append(size.flatten(1).square_().sum(dim=1).cpu())
+    largest, energy = torch.cat(largest), torch.cat(energy)  # (R,)
+    by_group = torch.stack([largest[groups == i].max() for i in range(int(groups.max()) + 1)])
+    dead_row = (by_group <= 1e-4 * largest.max())[groups]
+    dead_channel = (torch.stack(channels).amax(dim=0) == 0).cpu()
+    if not dead_row.any() and not dead_channel.any():
+        return chunks
+    alive = (~dead_row).sum() * (~dead_channel).sum() * (size[0].numel() // dead_channel.numel())
+    rms = (energy[~dead_row].sum() / alive).sqrt() if alive else torch.ones(())
+    dead_rows = dead_row.view(-1, *[1] * (size.ndim - 1)).split(len(chunks[0][0]))
+    return [
+        [torch.where(rows | dead_channel, rms.to(grad.dtype), grad), *rest]
+        for rows, (grad, *rest) in zip(dead_rows, chunks, strict=True)
+    ]
 
 
 def as_matrices(layer, grad, y, x, group):
-    """A convolution's or linear layer's chunk, a row for each token: grad, y less bias (R, O),
-    x (R, I), group (R,)."""
+    """A convolution's or linear layer's chunk, a row for each token: grad and y (R, O), x (R, I),
+    group (R,)."""
     if isinstance(layer, nn.Conv2d):
         x = F.unfold(x, layer.kernel_size, stride=layer.stride).transpose(1, 2)
         y, grad = y.flatten(2).transpose(1, 2), grad.flatten(2).transpose(1, 2)
-    grad, y, x = (v.flatten(0, -2) for v in (grad, y - layer.bias.cpu(), x))
+    grad, y, x = (v.flatten(0, -2) for v in (grad, y, x))
     return grad, y, x, group.repeat_interleave(len(x) // len(group))
 
 
@@ -176,16 +210,18 @@ def as_matrices(layer, grad, y, x, group):
 # Alg. 1 lines 15-33: the alternating search of one layer
 
 
-def stream(chunks, args):
-    """Chunks on the device. Where the metric is plain MSE the gradient becomes 1 (D11)."""
-    for grad, *rest in chunks:
+def stream(chunks, args, bias=None):
+    """Chunks on the device, y less the bias. Where the metric is plain MSE the gradient becomes 1
+    (D11)."""
+    for grad, y, *rest in on_device(chunks, args.device):
         weight = torch.ones_like(grad) if args.metric == "mse" else grad
-        yield [x.to(args.device) for x in (weight, *rest)]
+        yield [weight, y if bias is None else y - bias, *rest]
 
 
 def value_range(tensors, args, groups=None):
     """Least and greatest value, () each; given the rows' time groups, those of each, (G,)."""
-    low, high = torch.cat([torch.stack(x.flatten(1).aminmax(dim=1)) for x in tensors], dim=1)
+    ends = [torch.stack(x.to(args.device).flatten(1).aminmax(dim=1)) for x in tensors]
+    low, high = torch.cat(ends, dim=1).cpu()
     if groups is None:
         return low.amin().to(args.device), high.amax().to(args.device)
     mine = [groups == i for i in range(int(groups.max()) + 1)]
@@ -198,7 +234,13 @@ def per_group(loss, group, count):
     return F.one_hot(group, count).to(loss).T @ loss
 
 
-def quantize_linear(weight, chunks, kind, args):
+def product_for(weight, chunks, kind, args):
+    """How candidates are multiplied: on integers where CUDA's unit for them takes these shapes."""
+    fits = min(len(x) for _, _, x, _ in chunks) > 16 and not any(n % 8 for n in weight.shape)
+    return IntProduct if args.device.type == "cuda" and fits and kind != "fp" else FloatProduct
+
+
+def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct):
     """Lines 15-22: alternate Delta_W and Delta_X for R rounds. `weight` is (O, I), `kind` says what
     the inputs are. Returns the rounded weight, its step and zero point, and the input quantizer."""
     alphas = step_grid().to(args.device)
@@ -213,39 +255,42 @@ def quantize_linear(weight, chunks, kind, args):
         act, searches = FullPrecision(), []
 
     def weight_loss(chunk, alpha):
-        grad, y, x, _ = chunk
-        w = fake_quant(weight, alpha * step0, zero, args.wbits)
-        loss = hessian_loss(torch.addmm(y, x, w.T, beta=-1), grad, dim=0)  # (O,)
+        grad, y, x, _ = chunk  # x is quantized
+        w = product.quantize_weight(weight, alpha * step0, zero, args.wbits)
+        loss = hessian_loss(product.error(x, w, y), grad, dim=0)  # (O,)
         return loss[:, None] if step0.ndim else loss.sum()
 
     def input_loss(chunk, value):
         grad, y, x, group = chunk
-        delta = torch.addmm(y, vary(act, value)(x, group), w.T, beta=-1)
+        delta = product.error(product.quantize_input(vary(act, value), x, group), w, y)
         if groups is None:
             return hessian_loss(delta, grad)
         return per_group(hessian_loss(delta, grad, dim=1), group, int(groups.max()) + 1)
 
-    for _ in range(args.rounds):  # line 17
-        best, _ = search(weight_loss, alphas, quantized_inputs(act, chunks, args))
+    for _ in range(args.rounds if searches else 1):  # line 17
+        quantized = quantized_inputs(product.quantize_input, act, chunks, args, bias)
+        best, _ = search(weight_loss, alphas, quantized)
         step = alphas[best] * step0  # line 18
-        w = fake_quant(weight, step, zero, args.wbits)
+        w = product.quantize_weight(weight, step, zero, args.wbits)
         for vary, values in searches:
-            best, _ = search(input_loss, values, stream(chunks, args))
+            best, _ = search(input_loss, values, stream(chunks, args, bias))
             act = vary(act, values[best])  # line 20 (MRQ) or line 22
     if args.rounding == "gptq":
-        w = compensated_rounding(weight, step, zero, args.wbits, gram(act, chunks, args))
-    return w, step, zero, act
+        rounded = compensated_rounding(weight, step, zero, args.wbits, gram(act, chunks, args))
+        return rounded, step, zero, act
+    return fake_quant(weight, step, zero, args.wbits), step, zero, act
 
 
-def quantized_inputs(act, chunks, args):
-    for grad, y, x, group in stream(chunks, args):
-        yield grad, y, act(x, group), group
+def quantized_inputs(quantize, act, chunks, args, bias=None):
+    for grad, y, x, group in stream(chunks, args, bias):
+        yield grad, y, quantize(act, x, group), group
 
 
 def gram(act, chunks, args):
     """Sum of x x^T over the quantized inputs x, (I, I), weighted by the mean squared gradient."""
     total = 0
-    for grad, _, x, _ in quantized_inputs(act, chunks, args):
+    for grad, _, x, group in stream(chunks, args):
+        x = act(x, group)
         total = total + ((x * grad.square().mean(dim=1, keepdim=True)).T @ x).double()
     return total
 
@@ -260,7 +305,8 @@ def linear_state(layer, chunks, kind, strength, args):
         balance = balance_factors(x_max, weight.cpu(), strength)
         weight = weight * balance.to(args.device)
         chunks = [(grad, y, x / balance, group) for grad, y, x, group in chunks]
-    w, step, zero, act = quantize_linear(weight, chunks, kind, args)
+    product = product_for(weight, chunks, kind, args)
+    w, step, zero, act = quantize_linear(weight, chunks, kind, args, layer.bias, product)
     packed = pack_weight(w.view(layer.weight.shape).cpu(), step.cpu(), zero.cpu(), args.wbits)
     act, bias = quantizer_state(act), layer.bias.detach().cpu()
     kind = "conv" if isinstance(layer, nn.Conv2d) else "linear"
@@ -343,7 +389,8 @@ def unit_layers(name, model, calib, args):
         for child in RELEASED[kind] + extra:
             layer = model.get_submodule(prefix + child)
             chunks = capture(function, layer, inputs, grads, groups, args)
-            chunks = patch_dead(chunks, groups, 1 if isinstance(layer, nn.Conv2d) else -1)
+            channel = 1 if isinstance(layer, nn.Conv2d) else -1
+            chunks = patch_dead(chunks, groups, channel, args.device)
             own = settings_of(child, kind, layer, args)
             yield prefix + child, chunks, partial(
                 quantize_layer, child, kind, layer, chunks, groups, own
@@ -407,10 +454,10 @@ def main(args):
     knobs = "wbits abits metric mrq tgq rounds layers weight_granularity rows tag edge_bits "
     knobs += "cond_bits tgq_inputs balance rounding"
     settings = {key: getattr(args, key) for key in knobs.split()}
-    settings |= load_grads("embed", args)["settings"]  # written last: all are there
+    settings |= load_grads("embed", calib, args)["settings"]  # written last: all are there
     knobs = "steps groups cfg_scale cfg_channels vae"  # all that 04 needs to know of Phase 1
     settings["sampling"] = {key: calib["settings"][key] for key in knobs.split()}
-    inputs = {"calib": sha256_of(args.run / "calib.pt"), **calib["inputs"]}
+    inputs = {"calib": calib["sha256"], **calib["inputs"]}
     inputs["grads"] = sha256_of(args.run / "grads" / "embed.pt")
     head = header("quant", settings, inputs, args.device)
     path = args.run / f"quant_{model_name(args)}.pt"

@@ -928,9 +928,9 @@ def check_labels(y, num_classes, what):
 
 
 def load_calib(run):
-    """RUN/calib.pt, checked: finite, timesteps and labels in range."""
+    """RUN/calib.pt, checked: finite, timesteps and labels in range; and its own sha256."""
     path = Path(run) / "calib.pt"
-    calib = load_artifact(path, "calib", "01_collect_calib.py")
+    calib = load_artifact(path, "calib", "01_collect_calib.py") | dict(sha256=sha256_of(path))
     settings = calib["settings"]
     for part in ("calibration", "validation"):
         rows = calib.get(part, {})
@@ -987,6 +987,31 @@ def unit_on(model, name, device):
         model.pos_embed.data = model.pos_embed.data.cpu()
         for part in parts:
             part.cpu()
+
+
+def on_device(chunks, device):
+    """Chunks, lists of tensors, in turn on the device. On CUDA the next one is copied while one is
+    worked on: two buffers, which live until the following chunk is asked for."""
+    if device.type != "cuda":
+        yield from chunks
+        return
+    buffers = [[torch.empty_like(x, device=device) for x in chunks[0]] for _ in range(2)]
+    work, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+
+    def fetch(i):
+        copies.wait_stream(work)  # chunk i - 2, which had this buffer, is done with
+        here = [buffer[: len(x)] for buffer, x in zip(buffers[i % 2], chunks[i], strict=True)]
+        with torch.cuda.stream(copies):
+            for x, source in zip(here, chunks[i], strict=True):
+                x.copy_(source, non_blocking=True)
+        return here
+
+    following = fetch(0)
+    for i in range(len(chunks)):
+        here = following
+        work.wait_stream(copies)
+        following = fetch(i + 1) if i + 1 < len(chunks) else None
+        yield here
 
 
 def explicit_products(model):

@@ -24,7 +24,7 @@ FLAGS = {  # of the tiny run, by script; --run and 01's --ckpt come on top
     "01_collect_calib": "--steps 6 --groups 3 --per-group 4 --trajectories 6 --vae none "
     "--num-heads 4",
     "02_grad_cache": "",
-    "03_quantize": "--wbits 6 --abits 6",
+    "03_quantize": "--wbits 6 --abits 6 --memory-limit 0.02",
     "04_sample": "--wbits 6 --abits 6 --num-images 6",
 }
 

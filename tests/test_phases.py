@@ -13,8 +13,9 @@ import quant_ops as q
 PHASE1, PHASE2, PHASE3 = map(load_script, ("01_collect_calib", "02_grad_cache", "03_quantize"))
 OPTIONS = dict(
     wbits=4, abits=5, metric="hessian", mrq=True, tgq=True, rounds=2, layers="released",
-    weight_granularity="channel", rows=None, batch_size=3, device="cpu", edge_bits=None,
-    cond_bits=None, tgq_inputs=False, balance=False, rounding="nearest",
+    weight_granularity="channel", rows=None, batch_size=3, memory_limit=0.02,
+    device=torch.device("cpu"), edge_bits=None, cond_bits=None, tgq_inputs=False, balance=False,
+    rounding="nearest",
 )  # fmt: skip
 
 
