@@ -325,19 +325,21 @@ def quantize_matmul(chunks, post_softmax, groups, args):
     qb, [(vary_b, values_b)] = uniform_candidates(*value_range(b_all, args), args.abits)
 
     def a_loss(chunk, value):
-        grad, y, a, b, group = chunk
-        delta = vary_a(qa, value)(a, group) @ qb(b) - y
+        grad, y, a, b, group = chunk  # b is quantized
+        delta = (vary_a(qa, value)(a, group) @ b).sub_(y)
         loss = hessian_loss(delta, grad, dim=(1, 2, 3))  # (rows,)
         return per_group(loss, group, count) if by_group else loss.sum()
 
     def b_loss(chunk, value):
-        grad, y, a, b, group = chunk
-        return hessian_loss(qa(a, group) @ vary_b(qb, value)(b) - y, grad)
+        grad, y, a, b, _ = chunk  # a is quantized
+        return hessian_loss((a @ vary_b(qb, value)(b)).sub_(y), grad)
 
     for _ in range(args.rounds):  # line 25
-        best, _ = search(a_loss, values_a, stream(chunks, args))
+        fixed_b = ((grad, y, a, qb(b), i) for grad, y, a, b, i in stream(chunks, args))
+        best, _ = search(a_loss, values_a, fixed_b)
         qa = vary_a(qa, values_a[best])  # line 30, all groups at once, or line 32
-        best, _ = search(b_loss, values_b, stream(chunks, args))
+        fixed_a = ((grad, y, qa(a, i), b, i) for grad, y, a, b, i in stream(chunks, args))
+        best, _ = search(b_loss, values_b, fixed_a)
         qb = vary_b(qb, values_b[best])  # line 33
     return dict(type="matmul", a=quantizer_state(qa), b=quantizer_state(qb))
 

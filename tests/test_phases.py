@@ -322,6 +322,44 @@ def test_each_switch_of_table_3_changes_its_own_quantizers(tiny_run):
     assert full["attn.qk"]["b"]["bits"] == 5 and full["attn.qkv"]["weight"]["bits"] == 4
 
 
+@pytest.mark.parametrize("kind", ["uniform", "gelu"])
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("tgq_inputs", [False, True])
+def test_search_on_integers_chooses_what_the_float_search_chooses(kind, bits, tgq_inputs):
+    """The same steps of weights and inputs, and the same objective to 1e-5."""
+    torch.manual_seed(bits)
+    layer, group = torch.nn.Linear(64, 24).requires_grad_(False), torch.arange(150) // 50
+    x = torch.nn.functional.gelu(2 * torch.randn(150, 64))
+    columns = torch.randn(150, 24), layer(x), x, group
+    chunks = list(zip(*(column.split(40) for column in columns), strict=True))
+    args = options(wbits=bits, abits=bits, tgq_inputs=tgq_inputs)
+    results, losses = [], []
+    for product in (q.FloatProduct, q.IntProduct):
+        found = PHASE3.quantize_linear(layer.weight, chunks, kind, args, layer.bias, product)
+        w, step, zero, act = found
+        results.append([w, step, zero, *act.buffers()])
+        codes = product.quantize_weight(layer.weight, step, zero, bits)
+        delta = product.error(product.quantize_input(act, x, group), codes, layer(x) - layer.bias)
+        losses.append(q.hessian_loss(delta, columns[0]).item())
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_search_does_not_depend_on_the_chunks(tiny_run):
+    """--memory-limit: the same steps from one chunk as from many."""
+    calib, states = m.load_calib(tiny_run), []
+    model = m.explicit_products(m.load_calibrated(calib))
+    for limit in (0.01, None):
+        args = options(run=tiny_run, memory_limit=limit, rounds=1)
+        states.append(PHASE3.quantize_unit("block_00", model, calib, args))
+    for name, layer in states[0].items():
+        state, other = layer["state"], states[1][name]["state"]
+        for part in ("weight", "act", "a", "b"):
+            for key, value in state.get(part, {}).items():
+                same = torch.as_tensor(value).equal(torch.as_tensor(other[part][key]))
+                assert same or isinstance(value, str), (name, part, key)
+
+
 # ------------------------------------------------------------------------------------------------
 # Beyond the paper
 
