@@ -28,7 +28,7 @@ def parse_args():
     p = Parser(__doc__)
     choices = ("implied", "renoise")
     p.paper.add_argument("--eps", choices=choices, default="implied", help="eps of Eq. (11), D2")
-    p.machine.add_argument("--batch-size", type=int, default=32, help="calibration rows at a time")
+    p.machine.add_argument("--batch-size", type=int, default=8, help="calibration rows at a time")
     return p.parse_args()
 
 
@@ -88,9 +88,8 @@ def backward_pass(model, parts, head, args):
     """Alg. 1 line 12: write the file of every unit, the last first; each hands its gradient on."""
     names = list(units(model))
     before = dict(zip(names[1:], names, strict=False))
-    for name in tqdm(names[::-1], desc="02 backward", unit="unit"):
-        if name in before and parts.has(f"grad_{before[name]}"):
-            continue  # done before the run was killed
+    reached = next(i for i, name in enumerate(names) if parts.has(f"grad_{name}"))
+    for name in tqdm(names[reached::-1], desc="02 backward", unit="unit"):
         inputs, (grad, grad_c) = parts.load(f"in_{name}"), parts.load(f"grad_{name}")
         unit = dict(unit=name, unit_inputs=inputs, unit_grads=[grad])
         if name == "embed":
@@ -101,7 +100,8 @@ def backward_pass(model, parts, head, args):
             with unit_on(model, name, args.device) as function:
                 grad, own = in_batches(partial(unit_gradient, function), [*inputs, grad], args)
             parts.save(f"grad_{before[name]}", [grad, grad_c + own])
-            parts.remove(f"in_{name}")
+            for part in (f"grad_{name}", f"in_{name}"):  # the unit's file has both
+                parts.remove(part)
 
 
 def main(args):
@@ -119,7 +119,7 @@ def main(args):
     eps, x_t = noise_and_inputs(rows, diffusion, args.eps, calib["settings"]["seed"])
     parts.clear(others_only=True)  # whose unit files this run is about to replace
     last.unlink(missing_ok=True)
-    if not parts.has("grad_final"):
+    if not any(parts.has(f"grad_{name}") for name in units(model)):
         forward_pass(model, [x_t, diffusion.timestep_map[rows["t"]], rows["y"]], parts, args)
         start_backward(model, eps, parts, args)
     backward_pass(model, parts, head, args)

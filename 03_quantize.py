@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from models_dit import (
     Diffusion, InputError, Linear, MatMul, Parser, Parts, World, already_made, at_least_one,
     check_bits, explicit_products, header, load_artifact, load_calib, load_calibrated,
-    model_name, on_device, print_peak, run_script, save_artifact, sha256_of, unit_on, units,
+    model_name, on_device, print_peak, run_script, save_artifact, sha256_of, streamed, unit_on,
+    units,
 )
 from quant_ops import (
     LAYERS, FloatProduct, FullPrecision, IntProduct, balance_factors, build_quantized,
@@ -475,8 +476,9 @@ def main(args):
         for name in names:
             done |= parts.load(name)
         head |= assemble(model, calib["settings"]["config"], done, calib)
-        quantized = build_quantized(head, "this run").to(args.device)
-        head["report"] = signal_to_noise(model.to(args.device), quantized, calib, args)
+        quantized = build_quantized(head, "this run")
+        with streamed(model, args.device), streamed(quantized, args.device):
+            head["report"] = signal_to_noise(model, quantized, calib, args)
         keys = ("cost", "energy")
         head["report"]["layers"] = {n: {k: d[k] for k in keys} for n, d in done.items()}
         print_report(head["report"])

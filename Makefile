@@ -4,8 +4,9 @@ RUN ?= runs/demo
 DEMO = --ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --steps 50 --cfg-scale 2
 SCORE = --reference demo/reference_mnist.npz --features demo/features_mnist.pt
 IMAGES ?= 200
+GPU = benchmarks/results_gpu.md
 
-.PHONY: demo tables figures test lint clean
+.PHONY: bench-gpu demo tables figures test lint clean
 
 demo: .venv/done  ## the five phases on the demo DiT: FP, W8A8, W6A6
 	$(PY) 01_collect_calib.py --run $(RUN) $(DEMO)
@@ -22,6 +23,13 @@ tables: .venv/done  ## the paper's tables on the demo DiT; QUICK=1: half an hour
 
 figures: .venv/done  ## pictures of that sweep, into demo/; QUICK=1 as for tables
 	$(PY) benchmarks/figures.py --run $(if $(QUICK),runs/tables/quick/T100_seed0,runs/tables/full/T250_seed0)
+
+bench-gpu: .venv/done  ## every figure that needs a GPU, into benchmarks/results_gpu.md
+	$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no GPU')"
+	$(PY) -c "import torch; print('#', torch.cuda.get_device_name())" > $(GPU)
+	$(PY) -m pytest -q -m gpu >> $(GPU)
+	$(PY) benchmarks/calibration.py --model DiT-XL/2 --folder benchmarks >> $(GPU)
+	$(PY) benchmarks/sampling.py --models demo xl >> $(GPU)
 
 test: .venv/done  ## every test, on the CPU
 	$(PY) -m pytest -q

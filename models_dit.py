@@ -1014,6 +1014,35 @@ def on_device(chunks, device):
         yield here
 
 
+@contextmanager
+def streamed(model, device):
+    """On CUDA every unit comes to the device for its own forward pass and leaves it again."""
+    own = [model.x_embedder, model.t_embedder, model.y_embedder, *model.blocks, model.final_layer]
+    hosts, handles = {}, []
+
+    def arrive(module, _):
+        for tensor in (*module.parameters(), *module.buffers()):
+            hosts[tensor], tensor.data = tensor.data, tensor.data.to(device)
+
+    def leave(module, *_):
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = hosts.pop(tensor)
+
+    if device.type == "cuda":
+        handles = [part.register_forward_pre_hook(arrive) for part in own]
+        handles += [part.register_forward_hook(leave) for part in own]
+    rest = [x for x in (model.pos_embed, model.group_table) if x is not None]
+    for tensor in rest:
+        tensor.data = tensor.data.to(device)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for tensor in rest:
+            tensor.data = tensor.data.cpu()
+
+
 def explicit_products(model):
     """Let every attention compute its two products with `qk` and `av`, which hooks can see."""
     for block in model.blocks:
