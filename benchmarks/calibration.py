@@ -9,72 +9,28 @@ layer's whole search. Below it 02 and 03 themselves, as processes: time, memory,
 
     python benchmarks/calibration.py --model DiT-S/8
     python benchmarks/calibration.py --model DiT-S/8 --depth 1 --rows 40 --reference --scaling
+    python benchmarks/calibration.py --model DiT-XL/2 --paper
 
---reference does the same searches the plain way: for every layer a pass through the whole network
-and back, then one candidate at a time over all rows. --scaling doubles rows, depth and width.
+--paper only counts. --reference does the same searches the plain way: for every layer a pass
+through the whole network and back, then one candidate at a time over all rows. --scaling doubles
+rows, depth and width.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from plain_way import plain_way
-from sampling import ROOT, dit, hardware, lively, q
+from random_run import flags_of, load_script, run_phase, write_run
+from sampling import dit, hardware
 
 BASE = "--wbits 8 --abits 8"
 HEADER = "| layer | products, TFLOP | TB | by count, s | products alone, s | search, s | ratio |"
-
-
-def load_script(name):
-    """A numbered script as a module."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 PHASE2, PHASE3 = load_script("02_grad_cache"), load_script("03_quantize")
-
-
-def flags_of(module, *flags):
-    """What the script's parser makes of these flags."""
-    sys.argv = [module.__file__, *map(str, flags)]
-    return module.parse_args()
-
-
-def random_rows(config, count, groups, steps):
-    """Rows of calib.pt, equally many of every time group: noise x_0, and x_t drawn from it."""
-    diffusion = dit.Diffusion(steps)
-    group = torch.arange(groups).repeat_interleave(-(-count // groups))
-    t = ((group + torch.rand(len(group))) * steps / groups).long().clamp(max=steps - 1)
-    x_0 = torch.randn(len(t), config["in_channels"], *[config["input_size"]] * 2)
-    y = torch.randint(config["num_classes"] + 1, (len(t),))
-    x = diffusion.q_sample(x_0, t, torch.randn_like(x_0))
-    return dict(trajectory=group, t=t, group=q.time_group(t, steps, groups), y=y, x=x, x_0=x_0)
-
-
-def write_run(run, config, args, rows):
-    """RUN/dit.pt and RUN/calib.pt as 01 writes them."""
-    torch.manual_seed(0)
-    run.mkdir(parents=True, exist_ok=True)
-    ckpt, defaults = run / "dit.pt", dict(input_size=32, in_channels=4, num_classes=1000)
-    config = defaults | dict(mlp_ratio=4.0, learn_sigma=True) | config
-    torch.save(lively(config, "cpu").state_dict(), ckpt)
-    knobs = dict(steps=args.steps, groups=args.groups, per_group=rows // args.groups, seed=0)
-    knobs |= dict(trajectories=64, cfg_scale=1.5, cfg_channels=3, vae="mse")
-    knobs |= dict(ckpt=str(ckpt), config=config)
-    inputs = {"checkpoint": dit.sha256_of(ckpt)}
-    head = dit.header("calib", knobs, inputs, torch.device("cpu"))
-    parts = dict(calibration=rows, validation=args.groups)
-    parts = {k: random_rows(config, n, args.groups, args.steps) for k, n in parts.items()}
-    dit.save_artifact(run / "calib.pt", head | parts)
 
 
 def synchronize(device):
@@ -117,6 +73,29 @@ def count_candidates(name, args):
     if name.endswith("mlp.fc2"):  # MRQ has two steps to search
         sides = (100, 100, 100)
     return args.rounds * sum(sides)
+
+
+def on_paper(config, args):
+    """The blocks' candidate products by their shapes alone: operations, and results of 4 bytes."""
+    width, heads = config["hidden_size"], config["num_heads"]
+    tokens = (args.input_size // config["patch_size"]) ** 2
+    shapes = {  # length of the sums, results for one row
+        "attn.qkv": (width, 3 * tokens * width),
+        "attn.qk": (width // heads, heads * tokens**2),
+        "attn.av": (tokens, tokens * width),
+        "attn.proj": (width, tokens * width),
+        "mlp.fc1": (width, 4 * tokens * width),
+        "mlp.fc2": (4 * width, tokens * width),
+    }
+    print("| layer | candidates | products, PFLOP | results, TB |\n|---|---|---|---|")
+    total = torch.zeros(2, dtype=torch.float64)
+    for kind, (length, results) in shapes.items():
+        count = count_candidates(kind, args)
+        results *= count * args.rows * config["depth"]
+        both = torch.tensor([2 * length * results / 1e15, 4 * results / 1e12], dtype=total.dtype)
+        print(f"| {kind} | {count} | {both[0]:.3g} | {both[1]:.3g} |")
+        total += both
+    print(f"| all | | {total[0]:.3g} | {total[1]:.3g} |")
 
 
 def operands(chunk, layer, args):
@@ -164,21 +143,6 @@ def print_table(table, rate, bandwidth):
         numbers = f"{work / 1e12:.3g} | {moved / 1e12:.3g} | {floor:.3g} | {products:.3g}"
         print(f"| {kind} | {numbers} | {whole:.3g} | {whole / products:.2f} |")
     return table["all"][2]
-
-
-def run_phase(name, *flags):
-    """A numbered script as a process: seconds, peak MiB of memory, what it printed."""
-    command = [sys.executable, ROOT / f"{name}.py", *map(str, flags)]
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        text = out.read()
-    if process.returncode:
-        raise dit.InputError(f"{name}.py failed")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024, text
 
 
 def scripts(run, flags, base):
@@ -246,6 +210,8 @@ def scaling(folder, config, args):
 
 def main(args):
     config = dit.DiT_models[args.model] | ({"depth": args.depth} if args.depth else {})
+    if args.paper:
+        return on_paper(config, args)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         run = Path(folder) / "run"
         write_run(run, config, args, args.rows)
@@ -279,6 +245,8 @@ def parse_args():
     p.add_argument("--memory-limit", type=int, help="of 03")
     p.add_argument("--reference", action="store_true", help="time the plain way as well")
     p.add_argument("--scaling", action="store_true", help="double rows, depth, width")
+    p.add_argument("--paper", action="store_true", help="count the blocks' products, run nothing")
+    p.add_argument("--input-size", type=int, default=32, help="for --paper: of x, 64 at 512 px")
     p.add_argument("--folder", type=Path, help="where there is space for the run")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     p.add_argument("--device", type=dit.pick_device, default=device)
