@@ -4,7 +4,8 @@ Paper: Sec. III-B, Alg. 1 lines 9-12, Eq. (11).  In: RUN/calib.pt.
 Out: RUN/grads/{embed,block_NN,final}.pt, each with a unit's inputs (the conditioning vector among
 them) and dL/d(outputs). Every layer's output and gradient inside a unit follow from these in
 Phase 3, so nothing is stored per layer. The device holds one unit and one batch at a time, the
-host one unit's rows; disk: 8 bytes x n G x tokens x width x depth (21 GB for DiT-XL/2).
+host one unit's rows; disk: 8 bytes x n G x tokens x width x depth (21 GB for DiT-XL/2), and two
+units' worth more meanwhile.
 
     python 02_grad_cache.py --run runs/xl
 """

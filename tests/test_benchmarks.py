@@ -1,4 +1,5 @@
-"""benchmarks/sampling.py runs, measures a model that is one, and no step of it waits for a GPU."""
+"""benchmarks/sampling.py runs, measures a model that is one, and no step of it waits for a GPU;
+benchmarks/calibration.py counts, measures, and agrees with the plain way."""
 
 import re
 import subprocess
@@ -15,9 +16,9 @@ import sampling  # noqa: E402
 CONFIG = dict(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5)
 
 
-def run(*flags):
-    command = [sys.executable, ROOT / "benchmarks" / "sampling.py", "--device", "cpu", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+def run(*flags, script="sampling"):
+    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--device", "cpu", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def quantized(device="cpu"):
@@ -50,6 +51,24 @@ def test_checkout_that_is_none_is_refused_in_one_line():
     result = run("--models", "demo", "--official", "nowhere")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "--official nowhere" in result.stderr
+
+
+def test_calibration_has_a_row_for_each_kind_and_chooses_the_plain_way_s_steps():
+    """A block of the demo's shape: eight kinds of layers, the scripts, the same steps."""
+    flags = "--model DiT-Demo/4 --depth 1 --rows 10 --rounds 1 --reference".split()
+    result = run(*flags, script="calibration")
+    assert result.returncode == 0, result.stderr
+    kinds = re.findall(r"^\| ([\w.]+) \| [\d.e-]+ \|", result.stdout, re.M)
+    assert len(kinds) == 9 and kinds[-1] == "all" and "mlp.fc2" in kinds
+    assert "02_grad_cache:" in result.stdout and "03_quantize:" in result.stdout
+    assert float(re.search(r"chooses ([\d.]+)% of the same", result.stdout)[1]) > 99
+
+
+def test_calibration_counts_the_paper_s_products():
+    """fc2 of DiT-XL/2: 900 candidates x 320 rows x 28 blocks x 2 x 256 x 1152 x 4608."""
+    result = run("--model", "DiT-XL/2", "--paper", script="calibration")
+    work = 900 * 320 * 28 * 2 * 256 * 1152 * 4608 / 1e15
+    assert f"| mlp.fc2 | 900 | {work:.3g} |" in result.stdout
 
 
 @torch.no_grad()
