@@ -28,7 +28,8 @@ bench-gpu: .venv/done  ## every figure that needs a GPU, into benchmarks/results
 	$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no GPU')"
 	$(PY) -c "import torch; print('#', torch.cuda.get_device_name())" > $(GPU)
 	$(PY) -m pytest -q -m gpu >> $(GPU)
-	$(PY) benchmarks/calibration.py --model DiT-XL/2 --folder benchmarks >> $(GPU)
+	mkdir -p runs
+	$(PY) benchmarks/calibration.py --model DiT-XL/2 --folder runs >> $(GPU)
 	$(PY) benchmarks/sampling.py --models demo xl >> $(GPU)
 
 test: .venv/done  ## every test, on the CPU

@@ -583,7 +583,7 @@ def run_script(main, parse_args):
     except InputError as error:
         sys.exit(_fail(script, error))
     except torch.OutOfMemoryError:
-        sys.exit(_fail(script, "out of GPU memory: give a smaller --batch-size"))
+        sys.exit(_fail(script, "out of GPU memory: smaller --batch-size, --memory-limit?"))
     except KeyboardInterrupt:
         who = "stopped, as another process was" if dist.is_initialized() else "interrupted"
         sys.exit(_fail(script, f"{who}; the same command again continues", status=130))

@@ -33,16 +33,12 @@ HEADER = "| layer | products, TFLOP | TB | by count, s | products alone, s | sea
 PHASE2, PHASE3 = load_script("02_grad_cache"), load_script("03_quantize")
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds(function, device):
-    synchronize(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     function()
-    synchronize(device)
+    wait()
     return time.perf_counter() - start
 
 
@@ -192,9 +188,9 @@ def scaling(folder, config, args):
     """Time of Phases 2 and 3 with rows, depth or width doubled, over the time without."""
     twice = {key: 2 * config[key] for key in ("depth", "hidden_size", "num_heads")}
     wide = {key: twice[key] for key in ("hidden_size", "num_heads")}
+    deep = dict(depth=twice["depth"])
     cases = dict(base=(config, args.rows), rows=(config, 2 * args.rows))
-    cases |= dict(depth=(config | dict(depth=twice["depth"]), args.rows))
-    cases |= dict(width=(config | wide, args.rows))
+    cases |= dict(depth=(config | deep, args.rows), width=(config | wide, args.rows))
     times = {}
     for name, (shape, rows) in cases.items():
         run = folder / name

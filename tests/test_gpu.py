@@ -108,8 +108,9 @@ def test_chunks_arrive_in_order_while_others_are_worked_on():
 def test_phases_2_and_3_equal_the_cpu_s(tiny_run, tmp_path):
     """The scripts on CUDA: gradients to 1e-4, steps to a near-tie, and the peak is printed."""
     shutil.copy(tiny_run / "calib.pt", tmp_path / "calib.pt")
-    for name in ("02_grad_cache", "03_quantize"):
-        flags = ["--run", tmp_path, "--device", "cuda", *FLAGS[name].split()]
+    wide = {"02_grad_cache": [], "03_quantize": ["--memory-limit", "64"]}  # or rows are too few
+    for name, own in wide.items():
+        flags = ["--run", tmp_path, "--device", "cuda", *FLAGS[name].split(), *own]
         result = run_script(name, *flags, env={"CUDA_VISIBLE_DEVICES": "0"})
         assert result.returncode == 0, result.stderr
         assert "peak GPU memory" in result.stdout
