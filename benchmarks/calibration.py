@@ -176,9 +176,8 @@ def side_by_side(run, args):
     slow = seconds(lambda: plain.update(plain_way(model, layers, calib, args)), args.device)
     equal = []
     for name, step in plain.items():
-        state = ours[name]["state"]
-        mine = state["weight"]["step"] if "weight" in state else state["a"].get("step")
-        mine = state["a"]["step1"] if mine is None else mine
+        found = ours[name]["state"].get("weight") or ours[name]["state"]["a"]
+        mine = found["step1"] if "step1" in found else found["step"]
         equal.append(torch.isclose(mine, step.cpu(), rtol=1e-5).float().flatten())
     print(f"\nthe plain way takes {slow / fast:.2f} x the time of Phases 2 and 3 here, ", end="")
     print(f"and chooses {torch.cat(equal).mean():.2%} of the same steps")
@@ -186,9 +185,8 @@ def side_by_side(run, args):
 
 def scaling(folder, config, args):
     """Time of Phases 2 and 3 with rows, depth or width doubled, over the time without."""
-    twice = {key: 2 * config[key] for key in ("depth", "hidden_size", "num_heads")}
-    wide = {key: twice[key] for key in ("hidden_size", "num_heads")}
-    deep = dict(depth=twice["depth"])
+    wide = {key: 2 * config[key] for key in ("hidden_size", "num_heads")}
+    deep = dict(depth=2 * config["depth"])
     cases = dict(base=(config, args.rows), rows=(config, 2 * args.rows))
     cases |= dict(depth=(config | deep, args.rows), width=(config | wide, args.rows))
     times = {}
@@ -237,7 +235,6 @@ def parse_args():
     p.add_argument("--rows", type=int, default=320, help="n G")
     p.add_argument("--groups", type=int, default=10)
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--steps", type=int, default=250)
     p.add_argument("--memory-limit", type=int, help="of 03")
     p.add_argument("--reference", action="store_true", help="time the plain way as well")
     p.add_argument("--scaling", action="store_true", help="double rows, depth, width")

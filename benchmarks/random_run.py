@@ -9,7 +9,7 @@ import tempfile
 import time
 
 import torch
-from sampling import ROOT, dit, lively, q
+from sampling import ROOT, STEPS, dit, lively, q
 
 
 def load_script(name):
@@ -26,15 +26,15 @@ def flags_of(module, *flags):
     return module.parse_args()
 
 
-def random_rows(config, count, groups, steps):
+def random_rows(config, count, groups):
     """Rows of calib.pt, equally many of every time group: noise x_0, and x_t drawn from it."""
-    diffusion = dit.Diffusion(steps)
+    diffusion = dit.Diffusion(STEPS)
     group = torch.arange(groups).repeat_interleave(-(-count // groups))
-    t = ((group + torch.rand(len(group))) * steps / groups).long().clamp(max=steps - 1)
+    t = ((group + torch.rand(len(group))) * STEPS / groups).long().clamp(max=STEPS - 1)
     x_0 = torch.randn(len(t), config["in_channels"], *[config["input_size"]] * 2)
     y = torch.randint(config["num_classes"] + 1, (len(t),))
     x = diffusion.q_sample(x_0, t, torch.randn_like(x_0))
-    return dict(trajectory=group, t=t, group=q.time_group(t, steps, groups), y=y, x=x, x_0=x_0)
+    return dict(trajectory=group, t=t, group=q.time_group(t, STEPS, groups), y=y, x=x, x_0=x_0)
 
 
 def write_run(run, config, args, rows):
@@ -44,13 +44,13 @@ def write_run(run, config, args, rows):
     ckpt, defaults = run / "dit.pt", dict(input_size=32, in_channels=4, num_classes=1000)
     config = defaults | dict(mlp_ratio=4.0, learn_sigma=True) | config
     torch.save(lively(config, "cpu").state_dict(), ckpt)
-    knobs = dict(steps=args.steps, groups=args.groups, per_group=rows // args.groups, seed=0)
+    knobs = dict(steps=STEPS, groups=args.groups, per_group=rows // args.groups, seed=0)
     knobs |= dict(trajectories=64, cfg_scale=1.5, cfg_channels=3, vae="mse")
     knobs |= dict(ckpt=str(ckpt), config=config)
     inputs = {"checkpoint": dit.sha256_of(ckpt)}
     head = dit.header("calib", knobs, inputs, torch.device("cpu"))
     parts = dict(calibration=rows, validation=args.groups)
-    parts = {k: random_rows(config, n, args.groups, args.steps) for k, n in parts.items()}
+    parts = {k: random_rows(config, n, args.groups) for k, n in parts.items()}
     dit.save_artifact(run / "calib.pt", head | parts)
 
 
