@@ -1,11 +1,11 @@
 """Phase 2: one forward and one backward pass over the calibration set.
 
 Paper: Sec. III-B, Alg. 1 lines 9-12, Eq. (11).  In: RUN/calib.pt.
-Out: RUN/grads/{embed,block_NN,final}.pt, each with a unit's inputs (the conditioning vector among
-them) and dL/d(outputs). Every layer's output and gradient inside a unit follow from these in
-Phase 3, so nothing is stored per layer. The device holds one unit and one batch at a time, the
-host one unit's rows; disk: 8 bytes x n G x tokens x width x depth (21 GB for DiT-XL/2), and two
-units' worth more meanwhile.
+Out: RUN/grads/{embed,block_NN,final}.pt, each with dL/d(outputs) of a unit, and the embedder's with
+the network's inputs. Every layer's output and gradient inside a unit follow from these in Phase 3,
+so nothing is stored per layer. The device holds one unit and one batch at a time, the host one
+unit's rows; disk: 4 bytes x n G x tokens x width x depth (10.6 GB for DiT-XL/2), two units' worth
+more meanwhile.
 
     python 02_grad_cache.py --run runs/xl
 """
@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from models_dit import (
     Diffusion, Parser, Parts, already_made, at_least_one, draw_noise, explicit_products, header,
-    image_generators, load_calib, load_calibrated, print_peak, run_script, unit_on, units,
-    write_atomic,
+    image_generators, in_batches, load_calib, load_calibrated, next_inputs, print_peak, run_script,
+    unit_on, units, write_atomic,
 )
 
 STREAM = 2  # of random numbers, for --eps renoise
@@ -42,24 +42,14 @@ def noise_and_inputs(rows, diffusion, kind, seed):
     return eps, diffusion.q_sample(rows["x_0"], rows["t"], eps)
 
 
-def in_batches(function, rows, args):
-    """function(*batch) over batches of the rows; results joined on the host, a list of tensors."""
-    batches = zip(*(column.split(args.batch_size) for column in rows), strict=True)
-    results = [function(*(x.to(args.device) for x in batch)) for batch in batches]
-    return [torch.cat([x.cpu() for x in column]) for column in zip(*results, strict=True)]
-
-
 def forward_pass(model, inputs, parts, args):
     """Alg. 1 line 11: the inputs of every unit, one unit after the other, kept in `parts`."""
     names = list(units(model))
     parts.save(f"in_{names[0]}", inputs)
     for name, following in pairwise(tqdm(names, desc="02 forward", unit="unit")):
         if not parts.has(f"in_{following}"):
-            inputs = parts.load(f"in_{name}")
-            with torch.no_grad(), unit_on(model, name, args.device) as function:
-                outputs = in_batches(function, inputs, args)
-            c = outputs[1] if name == "embed" else inputs[1]
-            parts.save(f"in_{following}", [outputs[0], c])
+            inputs = next_inputs(model, name, parts.load(f"in_{name}"), args)
+            parts.save(f"in_{following}", inputs)
 
 
 def loss_gradient(model, out, eps):
@@ -92,16 +82,16 @@ def backward_pass(model, parts, head, args):
     reached = next(i for i, name in enumerate(names) if parts.has(f"grad_{name}"))
     for name in tqdm(names[reached::-1], desc="02 backward", unit="unit"):
         inputs, (grad, grad_c) = parts.load(f"in_{name}"), parts.load(f"grad_{name}")
-        unit = dict(unit=name, unit_inputs=inputs, unit_grads=[grad])
+        unit = dict(unit=name, unit_grads=[grad])
         if name == "embed":
-            unit["unit_grads"] = [grad, grad_c]
+            unit |= dict(unit_grads=[grad, grad_c], unit_inputs=inputs)
         path = args.run / "grads" / f"{name}.pt"
         write_atomic(path, lambda file, unit=unit: torch.save(head | unit, file))
         if name in before:
             with unit_on(model, name, args.device) as function:
                 grad, own = in_batches(partial(unit_gradient, function), [*inputs, grad], args)
             parts.save(f"grad_{before[name]}", [grad, grad_c + own])
-            for part in (f"grad_{name}", f"in_{name}"):  # the unit's file has both
+            for part in (f"grad_{name}", f"in_{name}"):
                 parts.remove(part)
 
 

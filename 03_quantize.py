@@ -13,6 +13,7 @@ ratio of eps on rows it was not fitted to, and the layers that cost most.
 
 from argparse import BooleanOptionalAction, Namespace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -21,8 +22,8 @@ import torch.nn.functional as F
 from models_dit import (
     Diffusion, InputError, Linear, MatMul, Parser, Parts, World, already_made, at_least_one,
     check_bits, explicit_products, header, load_artifact, load_calib, load_calibrated,
-    model_name, on_device, print_peak, run_script, save_artifact, sha256_of, streamed, unit_on,
-    units,
+    model_name, next_inputs, on_device, print_peak, run_script, save_artifact, sha256_of, streamed,
+    unit_on, units,
 )
 from quant_ops import (
     LAYERS, FloatProduct, FullPrecision, IntProduct, balance_factors, build_quantized,
@@ -104,14 +105,34 @@ def load_grads(name, calib, args):
     return unit
 
 
-def load_unit(name, calib, args):
-    """A unit's inputs, output gradients and time groups, of all rows or of --rows of them."""
-    unit, rows = load_grads(name, calib, args), calib["calibration"]
+class Unit(NamedTuple):
+    """A unit's inputs and dL/d(outputs), lists of tensors, and the time group, of every row."""
+
+    name: str
+    inputs: list
+    grads: list
+    groups: torch.Tensor
+
+
+def load_units(names, model, calib, args):
+    """Lines 11-12: yields the `Unit` of every name, in the network's order, of all rows or --rows.
+
+    Phase 2 keeps gradients; inputs are made again by one forward pass over the rows.
+    """
+    rows = calib["calibration"]
     wanted = torch.arange(len(rows["t"]))
     if args.rows:
         wanted = spread_rows(rows["t"], rows["group"], args.rows)
-    columns = [[x[wanted] for x in unit[key]] for key in ("unit_inputs", "unit_grads")]
-    return *columns, rows["group"][wanted]
+    inputs = [x[wanted] for x in load_grads("embed", calib, args)["unit_inputs"]]
+    left = set(names)
+    for name in units(model):
+        if name in left:
+            grads = [x[wanted] for x in load_grads(name, calib, args)["unit_grads"]]
+            yield Unit(name, inputs, grads, rows["group"][wanted])
+        left.discard(name)
+        if not left:
+            return
+        inputs = next_inputs(model, name, inputs, args)
 
 
 def spread_rows(t, groups, count):
@@ -126,7 +147,7 @@ def spread_rows(t, groups, count):
     return torch.cat(found)
 
 
-def capture(function, layer, inputs, grads, groups, args):
+def capture(function, layer, unit, args):
     """Alg. 1 lines 11-12 for one layer: its inputs, output and dL/d(output), by a unit-local pass.
 
     A zero is added to the layer's output and the unit runs on; the gradient with respect to that
@@ -141,14 +162,15 @@ def capture(function, layer, inputs, grads, groups, args):
 
     handle = layer.register_forward_hook(hook)
     try:
-        batches = [x.split(args.batch_size) for x in (*inputs, *grads, groups)]
+        batches = [x.split(args.batch_size) for x in (*unit.inputs, *unit.grads, unit.groups)]
         for *batch, group in zip(*batches, strict=True):
             batch = [x.to(args.device) for x in batch]
-            outputs = zip(function(*batch[: len(inputs)]), batch[len(inputs) :], strict=True)
+            given, ends_grad = batch[: len(unit.inputs)], batch[len(unit.inputs) :]
+            outputs = zip(function(*given), ends_grad, strict=True)
             ends, ends_grad = zip(*(pair for pair in outputs if pair[0].requires_grad), strict=True)
             (grad,) = torch.autograd.grad(ends, kept["zero"], ends_grad)
             found = [x.detach() for x in (grad, *kept["data"], group)]
-            columns = columns or [host_column(x, len(groups), args) for x in found]
+            columns = columns or [host_column(x, len(unit.groups), args) for x in found]
             for column, x in zip(columns, found, strict=True):
                 column[done : done + len(x)] = x
             done += len(group)
@@ -269,7 +291,7 @@ def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct)
         return per_group(hessian_loss(delta, grad, dim=1), group, int(groups.max()) + 1)
 
     for _ in range(args.rounds if searches else 1):  # line 17
-        quantized = quantized_inputs(product.quantize_input, act, chunks, args, bias)
+        quantized = quantized_inputs(act, chunks, args, bias, product)
         best, _ = search(weight_loss, alphas, quantized)
         step = alphas[best] * step0  # line 18
         w = product.quantize_weight(weight, step, zero, args.wbits)
@@ -282,9 +304,9 @@ def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct)
     return fake_quant(weight, step, zero, args.wbits), step, zero, act
 
 
-def quantized_inputs(quantize, act, chunks, args, bias=None):
+def quantized_inputs(act, chunks, args, bias=None, product=FloatProduct):
     for grad, y, x, group in stream(chunks, args, bias):
-        yield grad, y, quantize(act, x, group), group
+        yield grad, y, product.quantize_input(act, x, group), group
 
 
 def gram(act, chunks, args):
@@ -382,31 +404,30 @@ def quantize_layer(child, kind, layer, chunks, groups, args):
     return states[costs.index(min(costs))]
 
 
-def unit_layers(name, model, calib, args):
+def unit_layers(unit, model, args):
     """Lines 14-15 for one unit: yields (layer's name, chunks, a function that searches its steps).
     """
-    inputs, grads, groups = load_unit(name, calib, args)
-    kind, prefix = name.split("_")[0], units(model)[name]
+    kind, prefix = unit.name.split("_")[0], units(model)[unit.name]
     extra = EXTRA[kind] if args.layers == "all" or args.cond_bits else ()
-    with unit_on(model, name, args.device) as function:
+    with unit_on(model, unit.name, args.device) as function:
         for child in RELEASED[kind] + extra:
             layer = model.get_submodule(prefix + child)
-            chunks = capture(function, layer, inputs, grads, groups, args)
+            chunks = capture(function, layer, unit, args)
             channel = 1 if isinstance(layer, nn.Conv2d) else -1
-            chunks = patch_dead(chunks, groups, channel, args.device)
+            chunks = patch_dead(chunks, unit.groups, channel, args.device)
             own = settings_of(child, kind, layer, args)
             yield prefix + child, chunks, partial(
-                quantize_layer, child, kind, layer, chunks, groups, own
+                quantize_layer, child, kind, layer, chunks, unit.groups, own
             )
 
 
-def quantize_unit(name, model, calib, args):
+def quantize_unit(unit, model, args):
     """Lines 14-33 for the layers of one unit: their states and costs, by layer name.
 
     Costs are weighted by the gradient (or D2's stand-in), whatever --metric is: runs compare.
     """
     done, plain = {}, changed(args, metric="hessian")
-    for layer, chunks, find_steps in unit_layers(name, model, calib, args):
+    for layer, chunks, find_steps in unit_layers(unit, model, args):
         state = find_steps()
         done[layer] = dict(state=state, **layer_cost(state, chunks, plain))
     return done
@@ -469,8 +490,10 @@ def main(args):
         return parts.clear()  # a run killed after its last write left them
     model = explicit_products(load_calibrated(calib))
     names = list(units(model))
-    for name in world.bar(world.share(parts, names), desc=f"03 {path.stem}", unit="unit"):
-        parts.save(name, quantize_unit(name, model, calib, args))
+    mine = world.share(parts, names)
+    found = load_units(mine, model, calib, args)
+    for unit in world.bar(found, total=len(mine), desc=f"03 {path.stem}", unit="unit"):
+        parts.save(unit.name, quantize_unit(unit, model, args))
     world.wait()
     if world.rank == 0:
         for name in names:

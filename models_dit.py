@@ -989,6 +989,22 @@ def unit_on(model, name, device):
             part.cpu()
 
 
+def in_batches(function, columns, args):
+    """function(*batch) over batches of the rows of these columns, each on the device for its own
+    time; what it returns, a list of tensors, joined on the host."""
+    batches = zip(*(column.split(args.batch_size) for column in columns), strict=True)
+    results = [function(*(x.to(args.device) for x in batch)) for batch in batches]
+    return [torch.cat([x.cpu() for x in column]) for column in zip(*results, strict=True)]
+
+
+@torch.no_grad()
+def next_inputs(model, name, inputs, args):
+    """The inputs (tokens, c) of the unit that follows this one."""
+    with unit_on(model, name, args.device) as function:
+        outputs = in_batches(function, inputs, args)
+    return outputs if name == "embed" else [*outputs, inputs[1]]
+
+
 def on_device(chunks, device):
     """Chunks, lists of tensors, in turn on the device. On CUDA the next one is copied while one is
     worked on: two buffers, which live until the following chunk is asked for."""

@@ -121,8 +121,8 @@ def measure(run, args):
     """Kind of layer -> [operations, bytes, seconds of products, seconds of the search]."""
     calib, table = dit.load_calib(run), {}
     model = dit.explicit_products(dit.load_calibrated(calib))
-    for unit in dit.units(model):
-        for name, chunks, find_steps in PHASE3.unit_layers(unit, model, calib, args):
+    for unit in PHASE3.load_units(dit.units(model), model, calib, args):
+        for name, chunks, find_steps in PHASE3.unit_layers(unit, model, args):
             whole = seconds(find_steps, args.device)
             count = count_candidates(name, args)
             found = *alone(chunks, model.get_submodule(name), count, args), whole
@@ -167,8 +167,9 @@ def side_by_side(run, args):
 
     def both_phases():
         quietly(PHASE2, phase2)
-        for unit in [unit for unit in dit.units(model) if unit.startswith("block")]:
-            ours.update(PHASE3.quantize_unit(unit, model, calib, args))
+        blocks = [name for name in dit.units(model) if name.startswith("block")]
+        for unit in PHASE3.load_units(blocks, model, calib, args):
+            ours.update(PHASE3.quantize_unit(unit, model, args))
 
     fast = seconds(both_phases, args.device)
     model.to(args.device)

@@ -62,39 +62,42 @@ s03, s04, s05 = map(load_script, ("03_quantize", "04_sample", "05_eval_fid"))
 def regrouped(model, calib, args):
     """Layers searched anew by 03 with time groups from clustering, and their (1000,) table."""
     steps, groups = (calib["settings"][key] for key in ("steps", "groups"))
-    (_, timesteps, _), _, _ = s03.load_unit("embed", calib, args)
-    timestep_map = dit.Diffusion(steps).timestep_map
-    searched, least = torch.searchsorted(timestep_map, timesteps), len(timesteps) // (2 * groups)
+    timestep_map, done = dit.Diffusion(steps).timestep_map, {}
+    (embed,) = s03.load_units(["embed"], model, calib, args)
+    searched = torch.searchsorted(timestep_map, embed.inputs[1])  # t of the rows
     levels, t = methods.input_levels(model, calib, args), calib["calibration"]["t"]
-    table = methods.cluster(levels, t, searched, steps, groups, max(least, 1))
-    load_unit, done = s03.load_unit, {}
-    s03.load_unit = lambda *given: (*load_unit(*given)[:2], table[searched])
-    try:
-        for unit in tqdm(dit.units(model), desc="clustered time groups", leave=False):
-            done |= s03.quantize_unit(unit, model, calib, args)
-    finally:
-        s03.load_unit = load_unit
+    least = max(len(searched) // (2 * groups), 1)
+    table = methods.cluster(levels, t, searched, steps, groups, least)
+    for unit in all_units(model, calib, args, "clustered time groups"):
+        done |= s03.quantize_unit(unit._replace(groups=table[searched]), model, args)
     visited = q.group_table(timestep_map, steps)  # with as many groups as steps
     return {name: layer["state"] for name, layer in done.items()}, table[visited]
 
 
+def all_units(model, calib, args, desc):
+    """What 03 knows of every unit of the model, under a bar."""
+    names = dit.units(model)
+    found = s03.load_units(names, model, calib, args)
+    return tqdm(found, total=len(names), desc=desc, leave=False)
+
+
 def rounded_layers(model, calib, layers, args):
     """Every layer that 03 rounds with compensation: its name, weight (O, I), matrices, flags."""
-    for unit, prefix in tqdm(dit.units(model).items(), desc="rounding", leave=False):
-        inputs, grads, groups = s03.load_unit(unit, calib, args)
-        kind = unit.split("_")[0]
-        with dit.unit_on(model, unit, args.device) as function:
+    for unit in all_units(model, calib, args, "rounding"):
+        kind, prefix = unit.name.split("_")[0], dit.units(model)[unit.name]
+        with dit.unit_on(model, unit.name, args.device) as function:
             for child in s03.RELEASED[kind]:
                 layer, state = model.get_submodule(prefix + child), layers[prefix + child]
                 if isinstance(layer, dit.MatMul):
                     continue
-                chunks = s03.capture(function, layer, inputs, grads, groups, args)
-                chunks = s03.patch_dead(chunks, groups, 1 if state["type"] == "conv" else -1)
+                chunks = s03.capture(function, layer, unit, args)
+                chunks = s03.patch_dead(chunks, unit.groups, 1 if state["type"] == "conv" else -1)
                 chunks = [s03.as_matrices(layer, *chunk) for chunk in chunks]
                 weight, balance = layer.weight.detach().flatten(1), state["balance"]
-                if balance is not None:
-                    weight = weight * balance.to(args.device)
-                    chunks = [(grad, y, x / balance, group) for grad, y, x, group in chunks]
+                if balance is None:
+                    balance = torch.ones(weight.shape[1])
+                weight, bias = weight * balance.to(args.device), layer.bias.detach().cpu()
+                chunks = [(grad, y - bias, x / balance, group) for grad, y, x, group in chunks]
                 yield prefix + child, weight, chunks, s03.settings_of(child, kind, layer, args)
 
 
@@ -160,8 +163,9 @@ def load_quant(bits, args):
     """The quant file of --preset best at these bits; InputError if it is another's."""
     path = args.run / f"quant_w{bits.replace('/', 'a')}_best.pt"
     quant = dit.load_artifact(path, "quant", "03_quantize.py --preset best")
-    s03.load_grads("embed", args)  # InputError here rather than after the first images
-    same = quant["inputs"]["calib"] == dit.sha256_of(args.run / "calib.pt")
+    calib = dit.load_calib(args.run)
+    s03.load_grads("embed", calib, args)  # InputError here rather than after the first images
+    same = quant["inputs"]["calib"] == calib["sha256"]
     if quant["settings"]["rounding"] != "gptq" or not same:
         raise dit.InputError(f"{path} is not --preset best on this calib.pt: run 03_quantize.py")
     return quant
@@ -170,7 +174,7 @@ def load_quant(bits, args):
 def score(bits, quant, model, calib, twins, args):
     """Yield the table's rows of one bit width; `twins` are the full-precision images."""
     args = Namespace(**quant["settings"] | vars(args))
-    args.rows = args.rows or quant["settings"]["rows"]
+    args.rows, args.memory_limit = args.rows or quant["settings"]["rows"], None
     draws, psnr = np.random.default_rng(0).integers(len(twins), size=(DRAWS, len(twins))), {}
     for variant, quantized, ratio in variants(quant, model.cpu(), calib, args):
         snr = s03.signal_to_noise(model.to(args.device), quantized, calib, args)["snr_weighted"]

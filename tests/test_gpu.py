@@ -116,9 +116,8 @@ def test_phases_2_and_3_equal_the_cpu_s(tiny_run, tmp_path):
         assert "peak GPU memory" in result.stdout
     for unit in ("embed", "block_00", "final"):
         files = [m.load_state(run / "grads" / f"{unit}.pt", "") for run in (tiny_run, tmp_path)]
-        for key in ("unit_inputs", "unit_grads"):
-            for cpu, cuda in zip(*(file[key] for file in files), strict=True):
-                assert (cpu - cuda).float().norm() <= 1e-4 * cpu.float().norm()
+        for cpu, cuda in zip(*(file["unit_grads"] for file in files), strict=True):
+            assert (cpu - cuda).norm() <= 1e-4 * cpu.norm()
     cpu, cuda = (m.load_state(run / "quant_w6a6.pt", "") for run in (tiny_run, tmp_path))
     assert abs(cpu["report"]["snr_weighted"] - cuda["report"]["snr_weighted"]) < 0.5
     for name, layer in cpu["layers"].items():

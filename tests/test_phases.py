@@ -23,6 +23,19 @@ def options(**changes):
     return Namespace(**OPTIONS | changes)
 
 
+def one_unit(name, model, calib, args):
+    (unit,) = PHASE3.load_units([name], model, calib, args)
+    return unit
+
+
+def quantized_units(names, model, calib, args):
+    """States and costs of the layers of these units, by layer name."""
+    done = {}
+    for unit in PHASE3.load_units(names, model, calib, args):
+        done |= PHASE3.quantize_unit(unit, model, args)
+    return done
+
+
 # ------------------------------------------------------------------------------------------------
 # Phase 1
 
@@ -110,24 +123,35 @@ def test_unit_local_gradients_equal_autograd_of_the_whole_network(tiny_run):
         layers |= {prefix + c: name for c in PHASE3.RELEASED[kind] + PHASE3.EXTRA[kind]}
     expected = whole_network_gradients(model, list(layers), calib)
     assert len(layers) == 3 + 7 * len(model.blocks) + 2
-    for layer, unit in layers.items():
-        inputs, grads, groups = PHASE3.load_unit(unit, calib, args)
+    loaded = {unit.name: unit for unit in PHASE3.load_units(m.units(model), model, calib, args)}
+    for layer, name in layers.items():
         module = model.get_submodule(layer)
-        with m.unit_on(model, unit, "cpu") as function:
-            chunks = PHASE3.capture(function, module, inputs, grads, groups, args)
+        with m.unit_on(model, name, "cpu") as function:
+            chunks = PHASE3.capture(function, module, loaded[name], args)
         found = torch.cat([chunk[0] for chunk in chunks])
         assert expected[layer].norm() > 0
         error = (found - expected[layer]).norm() / expected[layer].norm()
         assert error <= 1e-4, layer
 
 
-def test_load_unit_takes_a_stratified_subset(tiny_run):
-    """--rows: equally many of every group, and the rows asked for."""
+def test_units_take_a_stratified_subset(tiny_run):
+    """--rows: equally many of every group, and the rows asked for, of inputs and gradients."""
     calib = m.load_calib(tiny_run)
-    groups = calib["settings"]["groups"]
-    inputs, grads, group = PHASE3.load_unit("final", calib, options(run=tiny_run, rows=2 * groups))
-    assert group.bincount().tolist() == [2] * groups
-    assert all(len(x) == 2 * groups for x in (*inputs, *grads))
+    model, groups = m.load_calibrated(calib), calib["settings"]["groups"]
+    unit = one_unit("final", model, calib, options(run=tiny_run, rows=2 * groups))
+    assert unit.groups.bincount().tolist() == [2] * groups
+    assert all(len(x) == 2 * groups for x in (*unit.inputs, *unit.grads))
+
+
+def test_units_skipped_are_passed_through(tiny_run):
+    """Line 11: a unit's inputs are the same whether or not those before it are asked for."""
+    calib, args = m.load_calib(tiny_run), options(run=tiny_run)
+    model = m.explicit_products(m.load_calibrated(calib))
+    for unit in PHASE3.load_units(m.units(model), model, calib, args):
+        alone = one_unit(unit.name, model, calib, args)
+        for mine, other in zip(unit.inputs + unit.grads, alone.inputs + alone.grads, strict=True):
+            assert torch.equal(mine, other)
+    assert not list(PHASE3.load_units([], model, calib, args))
 
 
 def test_spread_rows_reach_both_ends_of_every_group():
@@ -169,10 +193,9 @@ def test_final_layer_falls_back_in_the_variance_channels_only(tiny_run):
     """D2: Eq. (11) never sees the learned variance, so those gradients are exactly zero."""
     calib, args = m.load_calib(tiny_run), options(run=tiny_run)
     model = m.explicit_products(m.load_calibrated(calib))
-    inputs, grads, groups = PHASE3.load_unit("final", calib, args)
+    unit = one_unit("final", model, calib, args)
     with m.unit_on(model, "final", "cpu") as function:
-        layer = model.final_layer.linear
-        chunks = PHASE3.capture(function, layer, inputs, grads, groups, args)
+        chunks = PHASE3.capture(function, model.final_layer.linear, unit, args)
     size = torch.cat([chunk[0] for chunk in chunks]).abs().amax((0, 1))
     variance = torch.arange(len(size)) % model.out_channels >= model.in_channels
     assert (size[variance] == 0).all() and (size[~variance] > 0).all()
@@ -310,7 +333,7 @@ def test_each_switch_of_table_3_changes_its_own_quantizers(tiny_run):
 
     def quantized(**changes):
         args = options(run=tiny_run, rounds=1, **changes)
-        done = PHASE3.quantize_unit("block_00", model, calib, args)
+        done = quantized_units(["block_00"], model, calib, args)
         return {name.removeprefix("blocks.0."): layer["state"] for name, layer in done.items()}
 
     full, plain = quantized(layers="all"), quantized(mrq=False, tgq=False)
@@ -351,7 +374,7 @@ def test_search_does_not_depend_on_the_chunks(tiny_run):
     model = m.explicit_products(m.load_calibrated(calib))
     for limit in (0.01, None):
         args = options(run=tiny_run, memory_limit=limit, rounds=1)
-        states.append(PHASE3.quantize_unit("block_00", model, calib, args))
+        states.append(quantized_units(["block_00"], model, calib, args))
     for name, layer in states[0].items():
         state, other = layer["state"], states[1][name]["state"]
         for part in ("weight", "act", "a", "b"):
@@ -435,9 +458,7 @@ def test_edge_and_cond_bits_reach_their_layers_only(tiny_run):
     calib, args = m.load_calib(tiny_run), options(run=tiny_run, rounds=1, edge_bits=8, cond_bits=7)
     args.tgq_inputs = True
     model = m.explicit_products(m.load_calibrated(calib))
-    done = {}
-    for name in ("embed", "block_00", "final"):
-        done |= PHASE3.quantize_unit(name, model, calib, args)
+    done = quantized_units(["embed", "block_00", "final"], model, calib, args)
     states = {name: layer["state"] for name, layer in done.items()}
     bits = {name: s["weight"]["bits"] for name, s in states.items() if "weight" in s}
     assert bits.pop("x_embedder.proj") == bits.pop("final_layer.linear") == 8
@@ -448,7 +469,7 @@ def test_edge_and_cond_bits_reach_their_layers_only(tiny_run):
     assert states["blocks.0.mlp.fc2"]["act"]["step1"].shape == (3,)
     assert states["blocks.0.attn.qk"]["a"]["bits"] == 5
     all_layers = options(run=tiny_run, rounds=1, edge_bits=8, layers="all")
-    done = PHASE3.quantize_unit("final", model, calib, all_layers)
+    done = quantized_units(["final"], model, calib, all_layers)
     assert done["final_layer.adaLN_modulation.1"]["state"]["weight"]["bits"] == 4
 
 
