@@ -27,8 +27,8 @@ from models_dit import (
 )
 from quant_ops import (
     LAYERS, FloatProduct, FullPrecision, IntProduct, balance_factors, build_quantized,
-    compensated_rounding, fake_quant, gelu_candidates, group_table, hessian_loss, pack_weight,
-    qparams_from_range, quantizer_state, search, softmax_candidates, step_grid,
+    compensated_rounding, fake_quant, gelu_candidates, group_table, has_int_unit, hessian_loss,
+    pack_weight, qparams_from_range, quantizer_state, search, softmax_candidates, step_grid,
     uniform_candidates,
 )
 
@@ -73,8 +73,9 @@ def parse_args():
     more.add_argument("--rounding", choices=("nearest", "gptq"), default="nearest", help="weights")
     p.machine.add_argument("--batch-size", type=int, default=8, help="rows of a unit's own passes")
     p.machine.add_argument(
-        "--memory-limit", type=float, help="MiB of a search's chunk; if not given 512, on a CPU 32"
+        "--memory-limit", type=float, help="MiB of a search's chunk; if not given 512, on a CPU 8"
     )
+    p.machine.add_argument("--compile", action="store_true", help="torch.compile the search")
     p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])  # other flags win over the preset
     return p.parse_args()
 
@@ -187,11 +188,12 @@ def host_column(like, rows, args):
 
 
 def split(columns, copies, args):
-    """Columns cut into chunks of as many rows as --memory-limit has room for."""
-    limit = args.memory_limit or (512 if args.device.type == "cuda" else 32)
+    """Columns cut into even chunks, of as many rows as --memory-limit has room for."""
+    limit = args.memory_limit or (512 if args.device.type == "cuda" else 8)
     row = sum(x[:1].nbytes for x in columns)
     rows = max(1, int(limit * 2**20 / (copies * row)))
-    return [list(chunk) for chunk in zip(*(x.split(rows) for x in columns), strict=True)]
+    count = -(-len(columns[0]) // rows)
+    return [list(chunk) for chunk in zip(*(x.tensor_split(count) for x in columns), strict=True)]
 
 
 def patch_dead(chunks, groups, channel=-1, device="cpu"):
@@ -212,7 +214,7 @@ def patch_dead(chunks, groups, channel=-1, device="cpu"):
         return chunks
     alive = (~dead_row).sum() * (~dead_channel).sum() * (size[0].numel() // dead_channel.numel())
     rms = (energy[~dead_row].sum() / alive).sqrt() if alive else torch.ones(())
-    dead_rows = dead_row.view(-1, *[1] * (size.ndim - 1)).split(len(chunks[0][0]))
+    dead_rows = dead_row.view(-1, *[1] * (size.ndim - 1)).split([len(grad) for grad, *_ in chunks])
     return [
         [torch.where(rows | dead_channel, rms.to(grad.dtype), grad), *rest]
         for rows, (grad, *rest) in zip(dead_rows, chunks, strict=True)
@@ -258,9 +260,12 @@ def per_group(loss, group, count):
 
 
 def product_for(weight, chunks, kind, args):
-    """How candidates are multiplied: on integers where CUDA's unit for them takes these shapes."""
-    fits = min(len(x) for _, _, x, _ in chunks) > 16 and not any(n % 8 for n in weight.shape)
-    return IntProduct if args.device.type == "cuda" and fits and kind != "fp" else FloatProduct
+    """How candidates are multiplied: on integers where there is a unit for them that takes these
+    shapes."""
+    odd = min(len(x) for _, _, x, _ in chunks) <= 16 or any(n % 8 for n in weight.shape)
+    if kind == "fp" or not has_int_unit(args.device) or odd and args.device.type == "cuda":
+        return FloatProduct
+    return IntProduct
 
 
 def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct):
@@ -272,6 +277,7 @@ def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct)
         low, high = low.amin(), high.amax()
     step0, zero = qparams_from_range(low, high, args.wbits)
     groups = torch.cat([group for *_, group in chunks]) if args.tgq_inputs else None
+    count = None if groups is None else int(groups.max()) + 1
     make = gelu_candidates if kind == "gelu" and args.mrq else uniform_candidates
     act, searches = make(*value_range([x for _, _, x, _ in chunks], args, groups), args.abits)
     if kind == "fp":
@@ -288,8 +294,9 @@ def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct)
         delta = product.error(product.quantize_input(vary(act, value), x, group), w, y)
         if groups is None:
             return hessian_loss(delta, grad)
-        return per_group(hessian_loss(delta, grad, dim=1), group, int(groups.max()) + 1)
+        return per_group(hessian_loss(delta, grad, dim=1), group, count)
 
+    weight_loss, input_loss = compiled(args, weight_loss, input_loss)
     for _ in range(args.rounds if searches else 1):  # line 17
         quantized = quantized_inputs(act, chunks, args, bias, product)
         best, _ = search(weight_loss, alphas, quantized)
@@ -302,6 +309,11 @@ def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct)
         rounded = compensated_rounding(weight, step, zero, args.wbits, gram(act, chunks, args))
         return rounded, step, zero, act
     return fake_quant(weight, step, zero, args.wbits), step, zero, act
+
+
+def compiled(args, *functions):
+    """The functions as they are or, with --compile, each made into few passes over memory."""
+    return [torch.compile(f, dynamic=True) if args.compile else f for f in functions]
 
 
 def quantized_inputs(act, chunks, args, bias=None, product=FloatProduct):
@@ -357,6 +369,7 @@ def quantize_matmul(chunks, post_softmax, groups, args):
         grad, y, a, b, _ = chunk  # a is quantized
         return hessian_loss((a @ vary_b(qb, value)(b)).sub_(y), grad)
 
+    a_loss, b_loss = compiled(args, a_loss, b_loss)
     for _ in range(args.rounds):  # line 25
         fixed_b = ((grad, y, a, qb(b), i) for grad, y, a, b, i in stream(chunks, args))
         best, _ = search(a_loss, values_a, fixed_b)

@@ -260,6 +260,16 @@ def int_error(terms: list[Codes], weight: Codes, y: Tensor) -> Tensor:
     return y
 
 
+def has_int_unit(device: torch.device) -> bool:
+    """Whether int8 products run on a unit of their own: on CUDA, and on a CPU with AVX-512 VNNI.
+
+    Elsewhere torch multiplies them in plain loops (github.com/pytorch/pytorch/pull/136942).
+    """
+    if device.type == "cuda":
+        return True
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_vnni", False)
+
+
 class FloatProduct:
     """Quantized matrices as the floats they stand for: exact on any device."""
 

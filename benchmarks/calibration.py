@@ -2,10 +2,10 @@
 
 The model has random weights, all gates open, in a named shape; its calibration rows are noise. For
 each kind of layer the table counts the candidates' products of Phase 3 and their bytes (both
-factors read, the result written, once each), and shows three times of this one run: the least that
-the machine's own rate of products and bandwidth allow, the products alone (every 10th is timed, in
-the chunks that 03 takes and in the numbers it takes: codes where it runs on integers), and the
-layer's whole search. Below it 02 and 03 themselves, as processes: time, memory, disk.
+factors read, the result written, once each), and shows four times of this one run: the least that
+the machine's own rate of products and bandwidth allow, the products alone in fp32 and in the
+numbers that 03 takes (codes where it runs on integers), and the layer's whole search. Every 10th
+product is timed, in 03's chunks. Below it 02 and 03 themselves, as processes: time, memory, disk.
 
     python benchmarks/calibration.py --model DiT-S/8
     python benchmarks/calibration.py --model DiT-S/8 --depth 1 --rows 40 --reference --scaling
@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 from plain_way import plain_way
 from random_run import flags_of, load_script, run_phase, write_run
-from sampling import dit, hardware
+from sampling import dit, hardware, q
 
 BASE = "--wbits 8 --abits 8"
-HEADER = "| layer | products, TFLOP | TB | by count, s | products alone, s | search, s | ratio |"
+COLUMNS = ["layer", "products, TFLOP", "TB", "by count, s", "fp32 products, s", "products, s"]
+COLUMNS += ["search, s", "search / fp32 products", "search / products"]
 PHASE2, PHASE3 = load_script("02_grad_cache"), load_script("03_quantize")
 
 
@@ -42,9 +43,9 @@ def seconds(function, device):
     return time.perf_counter() - start
 
 
-def product_of(a, b):
-    """A function that multiplies the two once: codes on CUDA where they are matrices, as 03."""
-    if a.is_cuda and a.ndim == 2 and a.shape[0] > 16 and not any(n % 8 for n in b.shape):
+def product_of(a, b, integers):
+    """A function that multiplies the two once, as int8 codes or in fp32."""
+    if integers:
         a, b = a.to(torch.int8), b.T.contiguous().to(torch.int8).T
         return lambda: torch._int_mm(a, b)
     out = a @ b
@@ -52,13 +53,15 @@ def product_of(a, b):
 
 
 def machine(device):
-    """Its rates: operations/s of the best of three large products, bytes/s of a large copy."""
+    """Its rates: operations/s of large products, in fp32 and on codes, and bytes/s of a copy."""
     size = 8192 if device.type == "cuda" else 1536
     a, big = torch.randn(size, size, device=device), torch.empty(2**26, device=device)
     other = torch.empty_like(big)
-    product = product_of(a, a)
-    rate = 2 * size**3 / min(seconds(product, device) for _ in range(4))
-    return rate, 2 * 4 * 2**26 / min(seconds(lambda: other.copy_(big), device) for _ in range(4))
+    rates = []
+    for integers in (False, q.has_int_unit(device)):
+        product = product_of(a, a, integers)
+        rates.append(2 * size**3 / min(seconds(product, device) for _ in range(4)))
+    return rates, 2 * 4 * 2**26 / min(seconds(lambda: other.copy_(big), device) for _ in range(4))
 
 
 def count_candidates(name, args):
@@ -94,8 +97,17 @@ def on_paper(config, args):
     print(f"| all | | {total[0]:.3g} | {total[1]:.3g} |")
 
 
+def on_integers(name, layer, chunks, args):
+    """Whether 03 multiplies this layer's candidates as codes."""
+    if isinstance(layer, dit.MatMul):
+        return False
+    chunks = [PHASE3.as_matrices(layer, *chunk) for chunk in chunks]
+    kind = "fp" if name.endswith("x_embedder.proj") else "uniform"  # D6
+    return PHASE3.product_for(layer.weight.flatten(1), chunks, kind, args) is q.IntProduct
+
+
 def operands(chunk, layer, args):
-    """The two factors of a layer's product for one chunk, and what is to be computed of them."""
+    """The two factors of a layer's product for one chunk."""
     if isinstance(layer, dit.MatMul):
         _, _, a, b, _ = chunk
         return a.to(args.device), b.to(args.device)
@@ -103,46 +115,52 @@ def operands(chunk, layer, args):
     return x.to(args.device), layer.weight.flatten(1).T
 
 
-def alone(chunks, layer, candidates, args):
-    """Operations, bytes, and seconds of a layer's candidate products and nothing else."""
-    work, moved, spent = 0, 0, 0.0
+def alone(chunks, layer, candidates, integers, args):
+    """Operations and bytes of a layer's candidate products, and seconds of them and nothing else,
+    in fp32 and in the numbers that 03 takes."""
+    work, moved, spent, some = 0, 0, [0.0, 0.0], range(candidates // 10)
     for chunk in chunks:
         a, b = operands(chunk, layer, args)
-        out = a @ b
-        work += 2 * out.numel() * a.shape[-1] * candidates
-        moved += 4 * (a.numel() + b.numel() + out.numel()) * candidates
-        product, some = product_of(a, b), range(candidates // 10)
-        product()  # the first call sets things up
-        spent += 10 * seconds(lambda p=product, some=some: [p() for _ in some], args.device)
-    return work, moved, spent
+        results = a.numel() // a.shape[-1] * b.shape[-1]
+        work += 2 * results * a.shape[-1] * candidates
+        moved += 4 * (a.numel() + b.numel() + results) * candidates
+        for i in range(1 + integers):
+            product = product_of(a, b, integers=i == 1)
+            product()  # the first call sets things up
+            spent[i] += 10 * seconds(lambda p=product: [p() for _ in some], args.device)
+    return work, moved, spent[0], spent[integers]
 
 
-def measure(run, args):
-    """Kind of layer -> [operations, bytes, seconds of products, seconds of the search]."""
+def measure(run, rates, bandwidth, args):
+    """Kind of layer -> [operations, bytes, seconds by count, of products in fp32 and as 03 makes
+    them, of the search]."""
     calib, table = dit.load_calib(run), {}
     model = dit.explicit_products(dit.load_calibrated(calib))
     for unit in PHASE3.load_units(dit.units(model), model, calib, args):
         for name, chunks, find_steps in PHASE3.unit_layers(unit, model, args):
-            whole = seconds(find_steps, args.device)
-            count = count_candidates(name, args)
-            found = *alone(chunks, model.get_submodule(name), count, args), whole
+            whole, layer = seconds(find_steps, args.device), model.get_submodule(name)
+            integers, count = on_integers(name, layer, chunks, args), count_candidates(name, args)
+            work, moved, *products = alone(chunks, layer, count, integers, args)
+            floor = max(work / rates[integers], moved / bandwidth)
+            found = work, moved, floor, *products, whole
             kind = name.partition(".")[2].lstrip("0123456789.") if "blocks" in name else name
-            table[kind] = [a + b for a, b in zip(table.get(kind, [0] * 4), found, strict=True)]
+            table[kind] = [a + b for a, b in zip(table.get(kind, [0] * 6), found, strict=True)]
     return table
 
 
-def print_table(table, rate, bandwidth):
+def print_table(table):
+    """Prints it; returns the seconds of all products, in fp32 and as 03 makes them."""
     table = table | {"all": [sum(column) for column in zip(*table.values(), strict=True)]}
-    print(f"\n{HEADER}\n" + "|---" * 7 + "|")
-    for kind, (work, moved, products, whole) in table.items():
-        floor = max(work / rate, moved / bandwidth)
-        numbers = f"{work / 1e12:.3g} | {moved / 1e12:.3g} | {floor:.3g} | {products:.3g}"
-        print(f"| {kind} | {numbers} | {whole:.3g} | {whole / products:.2f} |")
-    return table["all"][2]
+    print(f"\n| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
+    for kind, (work, moved, floor, fp32, products, whole) in table.items():
+        numbers = [work / 1e12, moved / 1e12, floor, fp32, products, whole]
+        ratios = f"{whole / fp32:.2f} | {whole / products:.2f}"
+        print(" | ".join([f"| {kind}", *(f"{x:.3g}" for x in numbers), f"{ratios} |"]))
+    return table["all"][3:5]
 
 
 def scripts(run, flags, base):
-    """02 and 03 as processes, against the seconds of the products alone."""
+    """02 and 03 as processes: seconds of both."""
     total = 0
     for name, own in (("02_grad_cache", []), ("03_quantize", base)):
         spent, peak, text = run_phase(name, *flags, "--force", *own)
@@ -215,12 +233,14 @@ def main(args):
         base = [*BASE.split(), "--rounds", args.rounds, *limit]
         what = f"{args.model}, depth {config['depth']}, {args.rows} rows, R = {args.rounds}"
         print(f"\n{what}: {hardware(args.device)}; torch {torch.__version__}")
-        rate, bandwidth = machine(args.device)
-        print(f"products at {rate / 1e12:.3g} TOP/s, copies at {bandwidth / 1e9:.3g} GB/s")
+        rates, bandwidth = machine(args.device)
+        in_tops = " and ".join(f"{rate / 1e12:.3g}" for rate in rates)
+        print(f"fp32 and 03's products at {in_tops} TOP/s, copies at {bandwidth / 1e9:.3g} GB/s")
         both = scripts(run, flags, base)
         phase3 = flags_of(PHASE3, *flags, *base)
-        products = print_table(measure(run, phase3), rate, bandwidth)
-        print(f"\n02 and 03 take {both / products:.2f} x the time of the products alone")
+        fp32, products = print_table(measure(run, rates, bandwidth, phase3))
+        print(f"\n02 and 03 take {both / fp32:.2f} x the time of the products alone in fp32, ")
+        print(f"{both / products:.2f} x that of 03's own products")
         if args.reference:
             side_by_side(run, phase3)
         if args.scaling:

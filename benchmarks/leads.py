@@ -173,8 +173,8 @@ def load_quant(bits, args):
 
 def score(bits, quant, model, calib, twins, args):
     """Yield the table's rows of one bit width; `twins` are the full-precision images."""
-    args = Namespace(**quant["settings"] | vars(args))
-    args.rows, args.memory_limit = args.rows or quant["settings"]["rows"], None
+    args = Namespace(**quant["settings"] | vars(args), memory_limit=None, compile=False)
+    args.rows = args.rows or quant["settings"]["rows"]
     draws, psnr = np.random.default_rng(0).integers(len(twins), size=(DRAWS, len(twins))), {}
     for variant, quantized, ratio in variants(quant, model.cpu(), calib, args):
         snr = s03.signal_to_noise(model.to(args.device), quantized, calib, args)["snr_weighted"]

@@ -44,6 +44,7 @@ OPTIONS = dict(
     wbits=6, abits=6, metric="hessian", mrq=True, tgq=True, rounds=2, layers="released",
     weight_granularity="channel", batch_size=4, memory_limit=1, rows=None, edge_bits=None,
     cond_bits=None, tgq_inputs=False, balance=False, rounding="nearest",
+    compile=False,
 )  # fmt: skip
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -1,5 +1,6 @@
 """Phases 1 to 3 from the inside, against plain loops and plain autograd."""
 
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -15,7 +16,7 @@ OPTIONS = dict(
     wbits=4, abits=5, metric="hessian", mrq=True, tgq=True, rounds=2, layers="released",
     weight_granularity="channel", rows=None, batch_size=3, memory_limit=0.02,
     device=torch.device("cpu"), edge_bits=None, cond_bits=None, tgq_inputs=False, balance=False,
-    rounding="nearest",
+    rounding="nearest", compile=False,
 )  # fmt: skip
 
 
@@ -368,6 +369,53 @@ def test_search_on_integers_chooses_what_the_float_search_chooses(kind, bits, tg
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("device, unit, kind, rows, outputs, product", [
+    ("cpu", True, "uniform", 40, 24, q.IntProduct),
+    ("cpu", True, "gelu", 3, 23, q.IntProduct),
+    ("cpu", True, "fp", 40, 24, q.FloatProduct),  # inputs that are no integers
+    ("cpu", False, "uniform", 40, 24, q.FloatProduct),
+    ("cuda", True, "uniform", 40, 24, q.IntProduct),
+    ("cuda", True, "uniform", 16, 24, q.FloatProduct),  # shapes that CUDA's unit does not take
+    ("cuda", True, "uniform", 40, 23, q.FloatProduct),
+])  # fmt: skip
+def test_products_are_on_integers_where_they_can(monkeypatch, device, unit, kind, rows, outputs,
+                                                 product):  # fmt: skip
+    """Codes where there is a unit for them, it takes the shapes, and the inputs are quantized."""
+    monkeypatch.setattr(PHASE3, "has_int_unit", lambda device: unit)
+    chunks = [[None, None, torch.zeros(n, 64), None] for n in (50, rows)]
+    args = options(device=torch.device(device))
+    assert PHASE3.product_for(torch.zeros(outputs, 64), chunks, kind, args) is product
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("product", [q.FloatProduct, q.IntProduct])
+def test_compiled_search_chooses_the_same_steps(product):
+    """--compile fuses passes over memory and changes no step."""
+    torch.manual_seed(0)
+    layer, group = torch.nn.Linear(64, 24).requires_grad_(False), torch.arange(150) // 50
+    x = torch.nn.functional.gelu(2 * torch.randn(150, 64))
+    columns = torch.randn(150, 24), layer(x), x, group
+    chunks = list(zip(*(column.tensor_split(4) for column in columns), strict=True))
+    found = []
+    for flag in (False, True):
+        args = options(compile=flag, tgq_inputs=True)
+        w, step, _, act = PHASE3.quantize_linear(
+            layer.weight, chunks, "gelu", args, layer.bias, product
+        )
+        found.append([w, step, *act.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_chunks_are_even_and_of_no_more_rows_than_fit():
+    """--memory-limit: 10 rows of which 4 fit are three chunks, none of a single row."""
+    columns = [torch.arange(10 * 64).view(10, 64), torch.arange(10)]  # 520 bytes a row
+    chunks = PHASE3.split(columns, 2, options(memory_limit=4.5 * 2 * 520 / 2**20))
+    assert [len(chunk[0]) for chunk in chunks] == [4, 3, 3]
+    for pieces, column in zip(zip(*chunks, strict=True), columns, strict=True):
+        assert torch.equal(torch.cat(pieces), column)
+    assert len(PHASE3.split(columns, 2, options(memory_limit=1e-6))) == 10
+
+
 def test_search_does_not_depend_on_the_chunks(tiny_run):
     """--memory-limit: the same steps from one chunk as from many."""
     calib, states = m.load_calib(tiny_run), []
@@ -379,8 +427,9 @@ def test_search_does_not_depend_on_the_chunks(tiny_run):
         state, other = layer["state"], states[1][name]["state"]
         for part in ("weight", "act", "a", "b"):
             for key, value in state.get(part, {}).items():
-                same = torch.as_tensor(value).equal(torch.as_tensor(other[part][key]))
-                assert same or isinstance(value, str), (name, part, key)
+                if not isinstance(value, str):  # the quantizer's type
+                    value, there = map(torch.as_tensor, (value, other[part][key]))
+                    assert torch.equal(value, there), (name, part, key)
 
 
 # ------------------------------------------------------------------------------------------------
