@@ -29,7 +29,9 @@ bench-gpu: .venv/done  ## every figure that needs a GPU, into benchmarks/results
 	$(PY) -c "import torch; print('#', torch.cuda.get_device_name())" > $(GPU)
 	$(PY) -m pytest -q -m gpu >> $(GPU)
 	mkdir -p runs
-	$(PY) benchmarks/calibration.py --model DiT-XL/2 --folder runs >> $(GPU)
+	$(PY) benchmarks/calibration.py --model DiT-XL/2 --no-layers --folder runs >> $(GPU)
+	$(PY) benchmarks/calibration.py --model DiT-XL/2 --no-layers --compile --folder runs >> $(GPU)
+	$(PY) benchmarks/calibration.py --model DiT-XL/2 --depth 1 --folder runs >> $(GPU)
 	$(PY) benchmarks/sampling.py --models demo xl >> $(GPU)
 
 test: .venv/done  ## every test, on the CPU

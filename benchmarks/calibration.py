@@ -9,6 +9,7 @@ product is timed, in 03's chunks. Below it 02 and 03 themselves, as processes: t
 
     python benchmarks/calibration.py --model DiT-S/8
     python benchmarks/calibration.py --model DiT-S/8 --depth 1 --rows 40 --reference --scaling
+    python benchmarks/calibration.py --model DiT-XL/2 --no-layers --compile
     python benchmarks/calibration.py --model DiT-XL/2 --paper
 
 --paper only counts. --reference does the same searches the plain way: for every layer a pass
@@ -229,8 +230,8 @@ def main(args):
         run = Path(folder) / "run"
         write_run(run, config, args, args.rows)
         flags = ["--run", run, "--device", args.device]
-        limit = ["--memory-limit", args.memory_limit] if args.memory_limit else []
-        base = [*BASE.split(), "--rounds", args.rounds, *limit]
+        base = [*BASE.split(), "--rounds", args.rounds, *["--compile"] * args.compile]
+        base += ["--memory-limit", args.memory_limit] if args.memory_limit else []
         what = f"{args.model}, depth {config['depth']}, {args.rows} rows, R = {args.rounds}"
         print(f"\n{what}: {hardware(args.device)}; torch {torch.__version__}")
         rates, bandwidth = machine(args.device)
@@ -238,9 +239,9 @@ def main(args):
         print(f"fp32 and 03's products at {in_tops} TOP/s, copies at {bandwidth / 1e9:.3g} GB/s")
         both = scripts(run, flags, base)
         phase3 = flags_of(PHASE3, *flags, *base)
-        fp32, products = print_table(measure(run, rates, bandwidth, phase3))
-        print(f"\n02 and 03 take {both / fp32:.2f} x the time of the products alone in fp32, ")
-        print(f"{both / products:.2f} x that of 03's own products")
+        if args.layers:
+            ratios = [both / x for x in print_table(measure(run, rates, bandwidth, phase3))]
+            print("\n02 and 03 / products in fp32, / 03's own: {:.2f}, {:.2f}".format(*ratios))
         if args.reference:
             side_by_side(run, phase3)
         if args.scaling:
@@ -257,6 +258,9 @@ def parse_args():
     p.add_argument("--groups", type=int, default=10)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--memory-limit", type=int, help="of 03")
+    p.add_argument("--compile", action="store_true", help="of 03")
+    layers = "measure layer by layer too, not only 02 and 03 as processes"
+    p.add_argument("--layers", action=argparse.BooleanOptionalAction, default=True, help=layers)
     p.add_argument("--reference", action="store_true", help="time the plain way as well")
     p.add_argument("--scaling", action="store_true", help="double rows, depth, width")
     p.add_argument("--paper", action="store_true", help="count the blocks' products, run nothing")
