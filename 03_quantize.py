@@ -75,7 +75,7 @@ def parse_args():
     p.machine.add_argument(
         "--memory-limit", type=float, help="MiB of a search's chunk; if not given 512, on a CPU 8"
     )
-    p.machine.add_argument("--compile", action="store_true", help="torch.compile the search")
+    p.machine.add_argument("--compile", action="store_true", help="torch.compile it, for CUDA")
     p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])  # other flags win over the preset
     return p.parse_args()
 
