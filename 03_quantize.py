@@ -11,6 +11,7 @@ ratio of eps on rows it was not fitted to, and the layers that cost most.
     torchrun --nproc_per_node=8 -- 03_quantize.py --run runs/xl --wbits 6 --abits 6
 """
 
+import math
 from argparse import BooleanOptionalAction, Namespace
 from functools import partial
 from typing import NamedTuple
@@ -75,7 +76,7 @@ def parse_args():
     p.machine.add_argument(
         "--memory-limit", type=float, help="MiB of a search's chunk; if not given 512, on a CPU 8"
     )
-    p.machine.add_argument("--compile", action="store_true", help="torch.compile it, for CUDA")
+    p.machine.add_argument("--compile", action="store_true", help="fuse passes; meant for CUDA")
     p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])  # other flags win over the preset
     return p.parse_args()
 
@@ -88,8 +89,8 @@ def check(args):
     optional = [flag for flag in ("edge_bits", "cond_bits") if getattr(args, flag) is not None]
     check_bits(args, "wbits", "abits", *optional)
     at_least_one(args, "rounds", "rows", "batch_size")
-    if args.memory_limit is not None and not args.memory_limit > 0:
-        raise InputError(f"--memory-limit {args.memory_limit}: must be above 0")
+    if args.memory_limit is not None and not 0 < args.memory_limit < math.inf:
+        raise InputError(f"--memory-limit {args.memory_limit}: not above 0, or not finite")
     if args.cond_bits and args.layers == "all":
         raise InputError("--cond-bits is for --layers released: all quantizes those layers too")
 
@@ -151,15 +152,15 @@ def spread_rows(t, groups, count):
 def capture(function, layer, unit, args):
     """Alg. 1 lines 11-12 for one layer: its inputs, output and dL/d(output), by a unit-local pass.
 
-    A zero is added to the layer's output and the unit runs on; the gradient with respect to that
-    zero is the layer's.
+    The layer's output becomes a leaf of the graph and the unit runs on; the gradient with respect
+    to that leaf is the layer's.
     """
-    kept, columns, done = {}, None, 0
+    kept, columns, done = [], None, 0
 
     def hook(module, layer_inputs, output):
-        kept["zero"] = torch.zeros_like(output, requires_grad=True)
-        kept["data"] = [output, *(x for x in layer_inputs if x is not None)]
-        return output + kept["zero"]
+        leaf = output.detach().requires_grad_()
+        kept[:] = [leaf, *(x for x in layer_inputs if x is not None)]
+        return leaf
 
     handle = layer.register_forward_hook(hook)
     try:
@@ -169,8 +170,8 @@ def capture(function, layer, unit, args):
             given, ends_grad = batch[: len(unit.inputs)], batch[len(unit.inputs) :]
             outputs = zip(function(*given), ends_grad, strict=True)
             ends, ends_grad = zip(*(pair for pair in outputs if pair[0].requires_grad), strict=True)
-            (grad,) = torch.autograd.grad(ends, kept["zero"], ends_grad)
-            found = [x.detach() for x in (grad, *kept["data"], group)]
+            (grad,) = torch.autograd.grad(ends, kept[0], ends_grad)
+            found = [x.detach() for x in (grad, *kept, group)]
             columns = columns or [host_column(x, len(unit.groups), args) for x in found]
             for column, x in zip(columns, found, strict=True):
                 column[done : done + len(x)] = x
@@ -278,10 +279,10 @@ def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct)
     step0, zero = qparams_from_range(low, high, args.wbits)
     groups = torch.cat([group for *_, group in chunks]) if args.tgq_inputs else None
     count = None if groups is None else int(groups.max()) + 1
-    make = gelu_candidates if kind == "gelu" and args.mrq else uniform_candidates
-    act, searches = make(*value_range([x for _, _, x, _ in chunks], args, groups), args.abits)
-    if kind == "fp":
-        act, searches = FullPrecision(), []
+    act, searches = FullPrecision(), []
+    if kind != "fp":
+        make = gelu_candidates if kind == "gelu" and args.mrq else uniform_candidates
+        act, searches = make(*value_range([x for _, _, x, _ in chunks], args, groups), args.abits)
 
     def weight_loss(chunk, alpha):
         grad, y, x, _ = chunk  # x is quantized
@@ -323,10 +324,11 @@ def quantized_inputs(act, chunks, args, bias=None, product=FloatProduct):
 
 def gram(act, chunks, args):
     """Sum of x x^T over the quantized inputs x, (I, I), weighted by the mean squared gradient."""
-    total = 0
+    width = chunks[0][2].shape[1]
+    total = torch.zeros(width, width, dtype=torch.float64, device=args.device)
     for grad, _, x, group in stream(chunks, args):
         x = act(x, group)
-        total = total + ((x * grad.square().mean(dim=1, keepdim=True)).T @ x).double()
+        total += (x * grad.square().mean(dim=1, keepdim=True)).T @ x
     return total
 
 
@@ -432,6 +434,7 @@ def unit_layers(unit, model, args):
             yield prefix + child, chunks, partial(
                 quantize_layer, child, kind, layer, chunks, unit.groups, own
             )
+            del chunks  # their memory is the next layer's
 
 
 def quantize_unit(unit, model, args):
@@ -443,6 +446,7 @@ def quantize_unit(unit, model, args):
     for layer, chunks, find_steps in unit_layers(unit, model, args):
         state = find_steps()
         done[layer] = dict(state=state, **layer_cost(state, chunks, plain))
+        del chunks, find_steps  # their memory is the next layer's
     return done
 
 

@@ -27,12 +27,12 @@ figures: .venv/done  ## pictures of that sweep, into demo/; QUICK=1 as for table
 bench-gpu: .venv/done  ## every figure that needs a GPU, into benchmarks/results_gpu.md
 	$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no GPU')"
 	$(PY) -c "import torch; print('#', torch.cuda.get_device_name())" > $(GPU)
-	$(PY) -m pytest -q -m gpu >> $(GPU)
 	mkdir -p runs
 	$(PY) benchmarks/calibration.py --model DiT-XL/2 --no-layers --folder runs >> $(GPU)
 	$(PY) benchmarks/calibration.py --model DiT-XL/2 --no-layers --compile --folder runs >> $(GPU)
 	$(PY) benchmarks/calibration.py --model DiT-XL/2 --depth 1 --folder runs >> $(GPU)
 	$(PY) benchmarks/sampling.py --models demo xl >> $(GPU)
+	$(PY) -m pytest -q -m gpu >> $(GPU)
 
 test: .venv/done  ## every test, on the CPU
 	$(PY) -m pytest -q

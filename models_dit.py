@@ -993,8 +993,8 @@ def in_batches(function, columns, args):
     """function(*batch) over batches of the rows of these columns, each on the device for its own
     time; what it returns, a list of tensors, joined on the host."""
     batches = zip(*(column.split(args.batch_size) for column in columns), strict=True)
-    results = [function(*(x.to(args.device) for x in batch)) for batch in batches]
-    return [torch.cat([x.cpu() for x in column]) for column in zip(*results, strict=True)]
+    results = ([x.cpu() for x in function(*(x.to(args.device) for x in b))] for b in batches)
+    return [torch.cat(column) for column in zip(*results, strict=True)]
 
 
 @torch.no_grad()
@@ -1007,7 +1007,7 @@ def next_inputs(model, name, inputs, args):
 
 def on_device(chunks, device):
     """Chunks, lists of tensors, in turn on the device. On CUDA the next one is copied while one is
-    worked on: two buffers, which live until the following chunk is asked for."""
+    worked on, into the other of two buffers: a chunk holds until the next is asked for."""
     if device.type != "cuda":
         yield from chunks
         return

@@ -226,19 +226,25 @@ def unpack_codes(packed: Tensor, bits: int, shape) -> Tensor:
 
 
 class Codes(NamedTuple):
-    """The values step * (codes - zero), held as int8 codes. `step` and `zero` are (), or a column
-    for one of each row; zero is None where it is 0 in all of them."""
+    """The values step * (codes - zero), held as int8 codes (R, I). `step` and `zero` are (), or a
+    column for one of each row; zero is None where it is 0 in all of them. `total` (R, 1) sums the
+    codes of each row."""
 
     codes: Tensor
     step: Tensor
     zero: Tensor | None
+    total: Tensor
+
+
+def in_int8(codes: Tensor, step: Tensor, zero: Tensor | None) -> Codes:
+    """Codes -128..127, given as floats. Float sums of so few are exact: they stay below 2^24."""
+    return Codes(codes.to(torch.int8), step, zero, codes.sum(dim=1, keepdim=True).int())
 
 
 def signed_codes(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Codes:
     """Eq. (5) in int8: codes and zero point are both shifted by 2^(k-1)."""
     half = 2 ** (bits - 1)
-    codes = quantize(x, step, zero, bits).sub_(half).to(torch.int8)
-    return Codes(codes, step, (zero - half).int())
+    return in_int8(quantize(x, step, zero, bits).sub_(half), step, (zero - half).int())
 
 
 def int_error(terms: list[Codes], weight: Codes, y: Tensor) -> Tensor:
@@ -249,11 +255,10 @@ def int_error(terms: list[Codes], weight: Codes, y: Tensor) -> Tensor:
     On CUDA `_int_mm` needs R > 16 and I, O that 8 divides.
     """
     zero_b = weight.zero.view(1, -1)
-    sum_b = weight.codes.sum(dim=1, dtype=torch.int32) - weight.codes.shape[1] * zero_b  # (1, O)
+    sum_b = weight.total.view(1, -1) - weight.codes.shape[1] * zero_b  # (1, O)
     for a in terms:
         product = torch._int_mm(a.codes, weight.codes.T)
-        sum_a = a.codes.sum(dim=1, dtype=torch.int32, keepdim=True)  # (R, 1)
-        product.addcmul_(sum_a, zero_b, value=-1)
+        product.addcmul_(a.total, zero_b, value=-1)
         if a.zero is not None:
             product.addcmul_(a.zero, sum_b, value=-1)
         y = torch.addcmul(y, product, a.step * weight.step.view(1, -1), value=-1)
@@ -261,17 +266,16 @@ def int_error(terms: list[Codes], weight: Codes, y: Tensor) -> Tensor:
 
 
 def has_int_unit(device: torch.device) -> bool:
-    """Whether int8 products run on a unit of their own: on CUDA, and on a CPU with AVX-512 VNNI.
-
-    Elsewhere torch multiplies them in plain loops (github.com/pytorch/pytorch/pull/136942).
-    """
+    """Whether int8 products run on a unit of their own: on GPUs since Turing, and on a CPU with
+    AVX-512 VNNI. Other CPUs take plain loops (github.com/pytorch/pytorch/pull/136942); an older
+    torch cannot be asked."""
     if device.type == "cuda":
-        return True
+        return torch.cuda.get_device_capability(device) >= (7, 5)
     return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_vnni", False)
 
 
 class FloatProduct:
-    """Quantized matrices as the floats they stand for: exact on any device."""
+    """Quantized matrices as the floats they stand for, on any device and of any shape."""
 
     quantize_weight = staticmethod(fake_quant)
 
@@ -363,9 +367,9 @@ class GeluQuantizer(nn.Module):
         """x (R, I) as the sum of two `Codes`: R1, below zero, and R2. Each is 0 in the other."""
         step1, step2 = (_per_sample(v, group, x) for v in (self.step1, self.step2))
         half = 2 ** (self.bits - 1)
-        low = (x / step1).round_().clamp_(-half, 0).to(torch.int8)
-        high = (x / step2).round_().clamp_(0, half - 1).to(torch.int8)
-        return [Codes(low, step1, None), Codes(high, step2, None)]
+        low = (x / step1).round_().clamp_(-half, 0)
+        high = (x / step2).round_().clamp_(0, half - 1)
+        return [in_int8(low, step1, None), in_int8(high, step2, None)]
 
 
 class FullPrecision(nn.Module):

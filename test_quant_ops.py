@@ -370,6 +370,7 @@ def test_packed_layers_of_dit_xl_are_small(bits, share):
         full += 4 * (shape[0] * shape[1] + shape[0])
     assert stored <= share * full
 
+
 # ------------------------------------------------------------------------------------------------
 # Products on integers
 

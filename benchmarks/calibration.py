@@ -5,7 +5,7 @@ each kind of layer the table counts the candidates' products of Phase 3 and thei
 factors read, the result written, once each), and shows four times of this one run: the least that
 the machine's own rate of products and bandwidth allow, the products alone in fp32 and in the
 numbers that 03 takes (codes where it runs on integers), and the layer's whole search. Every 10th
-product is timed, in 03's chunks. Below it 02 and 03 themselves, as processes: time, memory, disk.
+product is timed, in 03's chunks. Before it 02 and 03 themselves, as processes: time, memory, disk.
 
     python benchmarks/calibration.py --model DiT-S/8
     python benchmarks/calibration.py --model DiT-S/8 --depth 1 --rows 40 --reference --scaling
@@ -22,6 +22,7 @@ import contextlib
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ PHASE2, PHASE3 = load_script("02_grad_cache"), load_script("03_quantize")
 
 
 def seconds(function, device):
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     function()
@@ -78,7 +79,7 @@ def count_candidates(name, args):
 def on_paper(config, args):
     """The blocks' candidate products by their shapes alone: operations, and results of 4 bytes."""
     width, heads = config["hidden_size"], config["num_heads"]
-    tokens = (args.input_size // config["patch_size"]) ** 2
+    tokens = ((args.input_size or config.get("input_size", 32)) // config["patch_size"]) ** 2
     shapes = {  # length of the sums, results for one row
         "attn.qkv": (width, 3 * tokens * width),
         "attn.qk": (width // heads, heads * tokens**2),
@@ -124,7 +125,8 @@ def alone(chunks, layer, candidates, integers, args):
         a, b = operands(chunk, layer, args)
         results = a.numel() // a.shape[-1] * b.shape[-1]
         work += 2 * results * a.shape[-1] * candidates
-        moved += 4 * (a.numel() + b.numel() + results) * candidates
+        size = 1 if integers else 4  # bytes of a factor's number
+        moved += (size * (a.numel() + b.numel()) + 4 * results) * candidates
         for i in range(1 + integers):
             product = product_of(a, b, integers=i == 1)
             product()  # the first call sets things up
@@ -203,7 +205,7 @@ def side_by_side(run, args):
     print(f"and chooses {torch.cat(equal).mean():.2%} of the same steps")
 
 
-def scaling(folder, config, args):
+def scaling(folder, config, base, args):
     """Time of Phases 2 and 3 with rows, depth or width doubled, over the time without."""
     wide = {key: 2 * config[key] for key in ("hidden_size", "num_heads")}
     deep = dict(depth=2 * config["depth"])
@@ -213,8 +215,8 @@ def scaling(folder, config, args):
     for name, (shape, rows) in cases.items():
         run = folder / name
         write_run(run, shape, args, rows)
-        common = ["--run", run, "--device", args.device, "--rounds", args.rounds]
-        both = flags_of(PHASE2, *common[:4]), flags_of(PHASE3, *common, *BASE.split())
+        common = ["--run", run, "--device", args.device]
+        both = flags_of(PHASE2, *common), flags_of(PHASE3, *common, *base)
         phases = zip((PHASE2, PHASE3), both, strict=True)
         times[name] = sum(seconds(lambda c=c: quietly(*c), args.device) for c in phases)
     print("\n| doubled | time of Phases 2 and 3, x |\n|---|---|")
@@ -245,7 +247,7 @@ def main(args):
         if args.reference:
             side_by_side(run, phase3)
         if args.scaling:
-            scaling(Path(folder), config, args)
+            scaling(Path(folder), config, base, args)
 
 
 def parse_args():
@@ -264,7 +266,7 @@ def parse_args():
     p.add_argument("--reference", action="store_true", help="time the plain way as well")
     p.add_argument("--scaling", action="store_true", help="double rows, depth, width")
     p.add_argument("--paper", action="store_true", help="count the blocks' products, run nothing")
-    p.add_argument("--input-size", type=int, default=32, help="for --paper: of x, 64 at 512 px")
+    p.add_argument("--input-size", type=int, help="for --paper: of x, 64 at 512 px")
     p.add_argument("--folder", type=Path, help="where there is space for the run")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     p.add_argument("--device", type=dit.pick_device, default=device)

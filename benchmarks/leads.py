@@ -159,11 +159,10 @@ def sample(model, calib, args):
     return torch.cat(images).numpy()
 
 
-def load_quant(bits, args):
+def load_quant(bits, calib, args):
     """The quant file of --preset best at these bits; InputError if it is another's."""
     path = args.run / f"quant_w{bits.replace('/', 'a')}_best.pt"
     quant = dit.load_artifact(path, "quant", "03_quantize.py --preset best")
-    calib = dit.load_calib(args.run)
     s03.load_grads("embed", calib, args)  # InputError here rather than after the first images
     same = quant["inputs"]["calib"] == calib["sha256"]
     if quant["settings"]["rounding"] != "gptq" or not same:
@@ -191,7 +190,8 @@ def main(args):
     dit.at_least_one(args, "num_images", "rows", "iterations", "batch_size")
     if args.out and args.out.exists() and not args.force:
         raise dit.InputError(f"{args.out} exists; --force replaces it")
-    calib, quants = dit.load_calib(args.run), {bits: load_quant(bits, args) for bits in args.bits}
+    calib = dit.load_calib(args.run)
+    quants = {bits: load_quant(bits, calib, args) for bits in args.bits}
     model = dit.explicit_products(dit.load_calibrated(calib))
     twins = sample(model, calib, args)
     lines = ["variant | bits | SNR of eps, dB | PSNR, dB | change, dB | time", "---|" * 5 + "---"]

@@ -27,7 +27,7 @@ def flags_of(module, *flags):
 
 
 def random_rows(config, count, groups):
-    """Rows of calib.pt, equally many of every time group: noise x_0, and x_t drawn from it."""
+    """Rows of calib.pt, about as many of every time group: noise x_0, and x_t drawn from it."""
     diffusion = dit.Diffusion(STEPS)
     group = torch.arange(groups).repeat_interleave(-(-count // groups))
     t = ((group + torch.rand(len(group))) * STEPS / groups).long().clamp(max=STEPS - 1)

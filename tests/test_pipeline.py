@@ -331,6 +331,8 @@ REFUSALS = {  # script, flags, what happens to the run before, words of the line
     "flag unknown": ("01", f"{C} {NEW} --nonsense 1", None, "--help"),
     "number not one": ("01", f"{C} {NEW} --groups three", None, "three"),
     "run is a file": ("01", f"{C} --num-heads 4 --run calib.pt", None, "calib.pt"),
+    "memory limit zero": ("03", "--wbits 6 --abits 6 --memory-limit 0", None, "--memory-limit 0"),
+    "memory limit inf": ("03", "--wbits 6 --abits 6 --memory-limit inf", None, "not finite"),
     "cuda absent": ("01", f"{C} {NEW} --device cuda", None, "--device cpu"),
     "device unknown": ("02", "--device abacus", None, "abacus"),
     "calib truncated": ("02", "", cut("calib.pt"), "calib.pt is damaged"),
