@@ -6,7 +6,7 @@ sweep goes on where it was. On a CPU each core works on a job of its own.
 
     make tables              # N = 10,000 images, for a GPU
     make tables QUICK=1      # half an hour on 2 cores; every row says that it is the quick one
-    python benchmarks/tables.py --name n200 --num-images 200 --steps 100 --only models --bits 6/6
+    python benchmarks/tables.py --name n800 --num-images 800 --steps 100 --only models --bits 6/6
 """
 
 import argparse
