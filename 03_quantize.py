@@ -326,8 +326,7 @@ def gram(act, chunks, args):
     """Sum of x x^T over the quantized inputs x, (I, I), weighted by the mean squared gradient."""
     width = chunks[0][2].shape[1]
     total = torch.zeros(width, width, dtype=torch.float64, device=args.device)
-    for grad, _, x, group in stream(chunks, args):
-        x = act(x, group)
+    for grad, _, x, _ in quantized_inputs(act, chunks, args):
         total += (x * grad.square().mean(dim=1, keepdim=True)).T @ x
     return total
 
