@@ -13,7 +13,6 @@ images. Time is processor time of rounding, given the gram matrix; compensated r
     python benchmarks/leads.py --run runs/tables/quick/T100_seed0 --bits 4/8 6/6 --num-images 40
 """
 
-import importlib.util
 import sys
 import time
 from argparse import Namespace
@@ -29,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import methods  # noqa: E402
 import models_dit as dit  # noqa: E402
 import quant_ops as q  # noqa: E402
+from random_run import load_script  # noqa: E402
 
 BIASES = (" + bias per time group", " + bias of all timesteps")
 BASE = dict.fromkeys(["best", "nearest", "AdaRound", "refit"], "best")  # of every variant
@@ -46,14 +46,6 @@ def parse_args():
     p.machine.add_argument("--batch-size", type=int, default=8, help="calibration rows at a time")
     p.machine.add_argument("--out", type=Path, help="also write the table here")
     return p.parse_args()
-
-
-def load_script(name):
-    """A numbered script as a module, which `import` cannot name."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 s03, s04, s05 = map(load_script, ("03_quantize", "04_sample", "05_eval_fid"))
