@@ -299,12 +299,12 @@ def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct)
 
     weight_loss, input_loss = compiled(args, weight_loss, input_loss)
     for _ in range(args.rounds if searches else 1):  # line 17
-        quantized = quantized_inputs(act, chunks, args, bias, product)
+        quantized = partial(quantized_inputs, act, chunks, args, bias, product)
         best, _ = search(weight_loss, alphas, quantized)
         step = alphas[best] * step0  # line 18
         w = product.quantize_weight(weight, step, zero, args.wbits)
         for vary, values in searches:
-            best, _ = search(input_loss, values, stream(chunks, args, bias))
+            best, _ = search(input_loss, values, partial(stream, chunks, args, bias))
             act = vary(act, values[best])  # line 20 (MRQ) or line 22
     if args.rounding == "gptq":
         rounded = compensated_rounding(weight, step, zero, args.wbits, gram(act, chunks, args))
@@ -370,13 +370,17 @@ def quantize_matmul(chunks, post_softmax, groups, args):
         grad, y, a, b, _ = chunk  # a is quantized
         return hessian_loss((a @ vary_b(qb, value)(b)).sub_(y), grad)
 
+    def fixed_a(qa):
+        return ((grad, y, qa(a, i), b, i) for grad, y, a, b, i in stream(chunks, args))
+
+    def fixed_b(qb):
+        return ((grad, y, a, qb(b), i) for grad, y, a, b, i in stream(chunks, args))
+
     a_loss, b_loss = compiled(args, a_loss, b_loss)
     for _ in range(args.rounds):  # line 25
-        fixed_b = ((grad, y, a, qb(b), i) for grad, y, a, b, i in stream(chunks, args))
-        best, _ = search(a_loss, values_a, fixed_b)
+        best, _ = search(a_loss, values_a, partial(fixed_b, qb))
         qa = vary_a(qa, values_a[best])  # line 30, all groups at once, or line 32
-        fixed_a = ((grad, y, qa(a, i), b, i) for grad, y, a, b, i in stream(chunks, args))
-        best, _ = search(b_loss, values_b, fixed_a)
+        best, _ = search(b_loss, values_b, partial(fixed_a, qa))
         qb = vary_b(qb, values_b[best])  # line 33
     return dict(type="matmul", a=quantizer_state(qa), b=quantizer_state(qb))
 

@@ -201,7 +201,7 @@ def test_search_equals_brute_force_both_ends_included(low, high):
         return q.hessian_loss(x @ (alpha * weight).T - y, grad, dim=0)
 
     chunks = list(zip(x.split(7), y.split(7), grad.split(7), strict=True))
-    best, losses = q.search(loss_of, candidates, chunks)
+    best, losses = q.search(loss_of, candidates, lambda: chunks)
     for o in range(6):
         naive = [
             sum(
@@ -211,15 +211,44 @@ def test_search_equals_brute_force_both_ends_included(low, high):
             for alpha in candidates
         ]
         assert best[o].item() == min(range(21), key=naive.__getitem__)
-        torch.testing.assert_close(losses[:, o].float(), torch.tensor(naive), rtol=1e-4, atol=1e-4)
+        assert losses[best[o], o].item() == pytest.approx(min(naive), rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("end", [0, -1])
 def test_search_can_choose_either_end(end):
     """The first and the last candidate are tried (public code forgets the last)."""
     candidates = torch.linspace(0.01, 1.2, 100)
-    best, _ = q.search(lambda _, c: (c - candidates[end]) ** 2, candidates, [None])
+    best, _ = q.search(lambda _, c: (c - candidates[end]) ** 2, candidates, lambda: [None])
     assert best == range(100)[end]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (4, 1)])
+@pytest.mark.parametrize("seed", range(5))
+def test_search_chooses_as_if_no_candidate_sat_out(shape, seed):
+    """The first of the least sums, ties and all, though most losses are never computed."""
+    generator = torch.Generator().manual_seed(seed)
+    curve = torch.linspace(-3, 2, 100).square().view(100, *[1] * len(shape))
+    noise = torch.rand(20, 100, *shape, generator=generator).mul(4).round()
+    table, calls = curve.round() + noise, []  # whole numbers: many ties
+
+    def loss_of(chunk, candidate):
+        calls.append(int(candidate))
+        return table[chunk, int(candidate)]
+
+    best, losses = q.search(loss_of, torch.arange(100), lambda: range(20))
+    total = table.sum(dim=0).double()
+    assert torch.equal(best, total.argmin(dim=0))
+    assert torch.equal(losses.amin(dim=0), total.amin(dim=0))
+    assert len(calls) < 0.9 * 20 * 100 and set(calls) == {*range(100)}
+
+
+def test_search_keeps_a_candidate_that_one_channel_still_needs():
+    """Channels have minima at either end; nothing but the whole sum separates the best two."""
+    table = torch.full((8, 100, 2), 9.0)
+    table[:, 2, 0], table[:, 97, 1] = 1, 1
+    table[0, 2, 0], table[7, 1, 0], table[:7, 1, 0] = 2, 3, 1  # 9 and 10 in the end
+    best, _ = q.search(lambda i, c: table[i, int(c)], torch.arange(100), lambda: range(8))
+    assert best.tolist() == [2, 97]
 
 
 # ------------------------------------------------------------------------------------------------
