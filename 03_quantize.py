@@ -298,13 +298,15 @@ def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct)
         return per_group(hessian_loss(delta, grad, dim=1), group, count)
 
     weight_loss, input_loss = compiled(args, weight_loss, input_loss)
+    per_channel = loss = None  # the least so far
     for _ in range(args.rounds if searches else 1):  # line 17
         quantized = partial(quantized_inputs, act, chunks, args, bias, product)
-        best, _ = search(weight_loss, alphas, quantized)
+        best, per_channel = search(weight_loss, alphas, quantized, per_channel)
         step = alphas[best] * step0  # line 18
         w = product.quantize_weight(weight, step, zero, args.wbits)
+        loss = per_channel.sum() if groups is None else loss
         for vary, values in searches:
-            best, _ = search(input_loss, values, partial(stream, chunks, args, bias))
+            best, loss = search(input_loss, values, partial(stream, chunks, args, bias), loss)
             act = vary(act, values[best])  # line 20 (MRQ) or line 22
     if args.rounding == "gptq":
         rounded = compensated_rounding(weight, step, zero, args.wbits, gram(act, chunks, args))
@@ -377,10 +379,11 @@ def quantize_matmul(chunks, post_softmax, groups, args):
         return ((grad, y, a, qb(b), i) for grad, y, a, b, i in stream(chunks, args))
 
     a_loss, b_loss = compiled(args, a_loss, b_loss)
+    loss = None  # the least so far, one for each group where a_loss has one
     for _ in range(args.rounds):  # line 25
-        best, _ = search(a_loss, values_a, partial(fixed_b, qb))
+        best, loss = search(a_loss, values_a, partial(fixed_b, qb), loss)
         qa = vary_a(qa, values_a[best])  # line 30, all groups at once, or line 32
-        best, _ = search(b_loss, values_b, partial(fixed_a, qa))
+        best, _ = search(b_loss, values_b, partial(fixed_a, qa), loss.sum())
         qb = vary_b(qb, values_b[best])  # line 33
     return dict(type="matmul", a=quantizer_state(qa), b=quantizer_state(qb))
 

@@ -72,7 +72,9 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes, hidden_size):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        table = torch.rand(num_classes + 1, hidden_size)  # nn.Embedding's own normal_ would import
+        # the compiler where the device is meta: a second of every script's start
+        self.embedding_table = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, y):
         return self.embedding_table(y)

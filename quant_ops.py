@@ -146,29 +146,42 @@ def softmax_grid(bits: int, count: int = 20) -> Tensor:
     return 2.0 ** -torch.arange(count) / 2 ** (bits - 1)
 
 
-def search(loss_of, candidates: Tensor, chunks) -> tuple[Tensor, Tensor]:
+def search(loss_of, candidates: Tensor, chunks, expected=None) -> tuple[Tensor, Tensor]:
     """Exhaustive search, Eq. (17): argmin over candidates of the loss summed over chunks.
 
     `loss_of(chunk, candidate)` gives losses, 0 or more, of any one shape (one per channel, per
-    group, or a single one); `chunks()` begins the chunks anew. Returns the best index, of that
-    shape, and the losses (candidates, *shape). Ties: the first.
-    Sums only grow: a candidate that has exceeded what another comes to in the end cannot be the
-    least, and sits out the chunks that are left, its loss being what it had reached. Two candidates
-    near the usual minimum come first and set that bar; the choice is that of all sums in full.
+    group, or a single one); `chunks()` begins the chunks anew. Returns the best index and the least
+    sum, both of that shape. Ties: the first.
+
+    Sums only grow: a candidate that has come to more than another's whole sum need not see the
+    chunks that are left. The bar is about the `expected` least sum; where none is given, two
+    candidates near the usual minimum go first and set it. If in the end one stopped below the least
+    whole sum, it goes on: the choice is always that of all sums in full.
     Chunks are outside and candidates inside, so that a chunk stays in cache.
     """
+    count, total = len(candidates), None
+    seen, left = torch.zeros(count, dtype=torch.long), torch.ones(count, dtype=torch.bool)
+    bar = torch.inf if expected is None else 1.1 * expected
+    if expected is None:
+        left &= torch.isin(torch.arange(count), torch.tensor([6, 8]) * count // 10)
+    while left.any():
+        for k, chunk in enumerate(chunks()):
+            now = (left & (seen == k)).nonzero()[:, 0]
+            if len(now):
+                losses = torch.stack([loss_of(chunk, c) for c in candidates[now]]).double()
+                total = losses.new_zeros(count, *losses.shape[1:]) if total is None else total
+                total[now] += losses
+                seen[now] += 1
+                left &= _not_above(total, bar)
+        whole = seen == k + 1
+        bar = total[whole].amin(dim=0) if whole.any() else torch.inf
+        left = ~whole & _not_above(total, bar)
+    return total.argmin(dim=0), total.amin(dim=0)
 
-    def losses(chunk, indices):
-        return torch.stack([loss_of(chunk, candidates[i]) for i in indices]).double()
 
-    first = [len(candidates) * 6 // 10, len(candidates) * 8 // 10]
-    bar = sum(losses(chunk, first) for chunk in chunks()).amin(dim=0)
-    total = torch.zeros(len(candidates), *bar.shape, dtype=bar.dtype, device=bar.device)
-    for chunk in chunks():
-        out = (total > bar).view(len(candidates), -1).all(dim=1)
-        left = (~out).nonzero()[:, 0].tolist()
-        total[left] += losses(chunk, left)
-    return total.argmin(dim=0), total
+def _not_above(total, bar):
+    """Which candidates are in some element not above the bar, (candidates,) on the host."""
+    return (~(total > bar)).view(len(total), -1).any(dim=1).cpu()
 
 
 # ------------------------------------------------------------------------------------------------
