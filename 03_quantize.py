@@ -44,6 +44,7 @@ EXTRA = {  # and the linear layers that --layers all or --cond-bits adds
     "final": ("adaLN_modulation.1",),
 }
 BALANCE = (None, 0.5, 1.0)  # strengths that --balance tries for each layer
+COPIES = 5  # of a chunk, and a little less, is what the device holds while candidates are tried
 PRESETS = {
     "paper": {},
     "best": dict(tag="best", rounds=1, edge_bits=8, cond_bits=8, tgq_inputs=True)
@@ -74,7 +75,7 @@ def parse_args():
     more.add_argument("--rounding", choices=("nearest", "gptq"), default="nearest", help="weights")
     p.machine.add_argument("--batch-size", type=int, default=8, help="rows of a unit's own passes")
     p.machine.add_argument(
-        "--memory-limit", type=float, help="MiB of a search's chunk; if not given 512, on a CPU 8"
+        "--memory-limit", type=float, help="MiB for a search's chunk; if not given 512, on a CPU 12"
     )
     p.machine.add_argument("--compile", action="store_true", help="fuse passes; meant for CUDA")
     p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])  # other flags win over the preset
@@ -130,7 +131,8 @@ def load_units(names, model, calib, args):
     for name in units(model):
         if name in left:
             grads = [x[wanted] for x in load_grads(name, calib, args)["unit_grads"]]
-            yield Unit(name, inputs, grads, rows["group"][wanted])
+            fast = ([pinned(x, args) for x in column] for column in (inputs, grads))
+            yield Unit(name, *fast, rows["group"][wanted])
         left.discard(name)
         if not left:
             return
@@ -166,7 +168,7 @@ def capture(function, layer, unit, args):
     try:
         batches = [x.split(args.batch_size) for x in (*unit.inputs, *unit.grads, unit.groups)]
         for *batch, group in zip(*batches, strict=True):
-            batch = [x.to(args.device) for x in batch]
+            batch = [x.to(args.device, non_blocking=True) for x in batch]
             given, ends_grad = batch[: len(unit.inputs)], batch[len(unit.inputs) :]
             outputs = zip(function(*given), ends_grad, strict=True)
             ends, ends_grad = zip(*(pair for pair in outputs if pair[0].requires_grad), strict=True)
@@ -178,21 +180,25 @@ def capture(function, layer, unit, args):
             done += len(group)
     finally:
         handle.remove()
-    copies = 6 if isinstance(layer, MatMul) else 3  # of a chunk, while candidates are tried on it
-    return split(columns, copies, args)
+    return split(columns, args)
+
+
+def pinned(x, args):
+    """The same on the host, from where CUDA copies without waiting."""
+    return x.pin_memory() if args.device.type == "cuda" else x
 
 
 def host_column(like, rows, args):
-    """Room on the host for these rows, from where CUDA copies without waiting."""
-    pinned = args.device.type == "cuda"
-    return torch.empty(rows, *like.shape[1:], dtype=like.dtype, pin_memory=pinned)
+    """Room on the host for these rows, pinned as above."""
+    on_cuda = args.device.type == "cuda"
+    return torch.empty(rows, *like.shape[1:], dtype=like.dtype, pin_memory=on_cuda)
 
 
-def split(columns, copies, args):
+def split(columns, args):
     """Columns cut into even chunks, of as many rows as --memory-limit has room for."""
-    limit = args.memory_limit or (512 if args.device.type == "cuda" else 8)
+    limit = args.memory_limit or (512 if args.device.type == "cuda" else 12)
     row = sum(x[:1].nbytes for x in columns)
-    rows = max(1, int(limit * 2**20 / (copies * row)))
+    rows = max(1, int(limit * 2**20 / (COPIES * row)))
     count = -(-len(columns[0]) // rows)
     return [list(chunk) for chunk in zip(*(x.tensor_split(count) for x in columns), strict=True)]
 
@@ -236,17 +242,20 @@ def as_matrices(layer, grad, y, x, group):
 # Alg. 1 lines 15-33: the alternating search of one layer
 
 
-def stream(chunks, args, bias=None):
-    """Chunks on the device, y less the bias. Where the metric is plain MSE the gradient becomes 1
-    (D11)."""
-    for grad, y, *rest in on_device(chunks, args.device):
+def stream(chunks, args, bias=None, balance=None):
+    """Chunks on the device, y less the bias and inputs divided by `balance`. Where the metric is
+    plain MSE the gradient becomes 1 (D11)."""
+    for grad, y, x, *rest in on_device(chunks, args.device):
         weight = torch.ones_like(grad) if args.metric == "mse" else grad
-        yield [weight, y if bias is None else y - bias, *rest]
+        y = y if bias is None else y - bias
+        yield [weight, y, x if balance is None else x / balance, *rest]
 
 
-def value_range(tensors, args, groups=None):
+def value_range(tensors, args, groups=None, balance=None):
     """Least and greatest value, () each; given the rows' time groups, those of each, (G,)."""
-    ends = [torch.stack(x.to(args.device).flatten(1).aminmax(dim=1)) for x in tensors]
+    tensors = (x.to(args.device) for x in tensors)
+    tensors = tensors if balance is None else (x / balance for x in tensors)
+    ends = [torch.stack(x.flatten(1).aminmax(dim=1)) for x in tensors]
     low, high = torch.cat(ends, dim=1).cpu()
     if groups is None:
         return low.amin().to(args.device), high.amax().to(args.device)
@@ -269,9 +278,13 @@ def product_for(weight, chunks, kind, args):
     return IntProduct
 
 
-def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct):
-    """Lines 15-22: alternate Delta_W and Delta_X for R rounds. `weight` is (O, I), `kind` says what
-    the inputs are. Returns the rounded weight, its step and zero point, and the input quantizer."""
+def quantize_linear(
+    weight, chunks, kind, args, bias=None, product=FloatProduct, balance=None
+):
+    """Lines 15-22: alternate Delta_W and Delta_X for R rounds. `weight` is (O, I), balanced if its
+    inputs, of which `kind` says what they are, are to be divided by `balance` (I,).
+    Returns the rounded weight, its step and zero point, and the input quantizer."""
+    source = partial(stream, chunks, args, bias, balance)
     alphas = step_grid().to(args.device)
     low, high = weight.aminmax(dim=1, keepdim=True)  # (O, 1)
     if args.weight_granularity == "tensor":
@@ -282,7 +295,8 @@ def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct)
     act, searches = FullPrecision(), []
     if kind != "fp":
         make = gelu_candidates if kind == "gelu" and args.mrq else uniform_candidates
-        act, searches = make(*value_range([x for _, _, x, _ in chunks], args, groups), args.abits)
+        inputs = [x for _, _, x, _ in chunks]
+        act, searches = make(*value_range(inputs, args, groups, balance), args.abits)
 
     def weight_loss(chunk, alpha):
         grad, y, x, _ = chunk  # x is quantized
@@ -300,16 +314,16 @@ def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct)
     weight_loss, input_loss = compiled(args, weight_loss, input_loss)
     per_channel = loss = None  # the least so far
     for _ in range(args.rounds if searches else 1):  # line 17
-        quantized = partial(quantized_inputs, act, chunks, args, bias, product)
+        quantized = partial(quantized_inputs, act, source, product)
         best, per_channel = search(weight_loss, alphas, quantized, per_channel)
         step = alphas[best] * step0  # line 18
         w = product.quantize_weight(weight, step, zero, args.wbits)
         loss = per_channel.sum() if groups is None else loss
         for vary, values in searches:
-            best, loss = search(input_loss, values, partial(stream, chunks, args, bias), loss)
+            best, loss = search(input_loss, values, source, loss)
             act = vary(act, values[best])  # line 20 (MRQ) or line 22
     if args.rounding == "gptq":
-        rounded = compensated_rounding(weight, step, zero, args.wbits, gram(act, chunks, args))
+        rounded = compensated_rounding(weight, step, zero, args.wbits, gram(weight, act, source))
         return rounded, step, zero, act
     return fake_quant(weight, step, zero, args.wbits), step, zero, act
 
@@ -319,16 +333,16 @@ def compiled(args, *functions):
     return [torch.compile(f, dynamic=True) if args.compile else f for f in functions]
 
 
-def quantized_inputs(act, chunks, args, bias=None, product=FloatProduct):
-    for grad, y, x, group in stream(chunks, args, bias):
+def quantized_inputs(act, source, product=FloatProduct):
+    for grad, y, x, group in source():
         yield grad, y, product.quantize_input(act, x, group), group
 
 
-def gram(act, chunks, args):
-    """Sum of x x^T over the quantized inputs x, (I, I), weighted by the mean squared gradient."""
-    width = chunks[0][2].shape[1]
-    total = torch.zeros(width, width, dtype=torch.float64, device=args.device)
-    for grad, _, x, _ in quantized_inputs(act, chunks, args):
+def gram(weight, act, source):
+    """Sum of x x^T over the quantized inputs x of the weight (O, I), weighted by the mean squared
+    gradient, (I, I)."""
+    total = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+    for grad, _, x, _ in quantized_inputs(act, source):
         total += (x * grad.square().mean(dim=1, keepdim=True)).T @ x
     return total
 
@@ -339,15 +353,15 @@ def linear_state(layer, chunks, kind, strength, args):
     chunks = [as_matrices(layer, *chunk) for chunk in chunks]
     weight, balance = layer.weight.detach().flatten(1), None
     if strength is not None:
-        x_max = torch.stack([x.abs().amax(dim=0) for _, _, x, _ in chunks]).amax(dim=0)
-        balance = balance_factors(x_max, weight.cpu(), strength)
-        weight = weight * balance.to(args.device)
-        chunks = [(grad, y, x / balance, group) for grad, y, x, group in chunks]
+        largest = [x.to(args.device).abs().amax(dim=0) for _, _, x, _ in chunks]
+        balance = balance_factors(torch.stack(largest).amax(dim=0), weight, strength)
+        weight = weight * balance
     product = product_for(weight, chunks, kind, args)
-    w, step, zero, act = quantize_linear(weight, chunks, kind, args, layer.bias, product)
+    w, step, zero, act = quantize_linear(weight, chunks, kind, args, layer.bias, product, balance)
     packed = pack_weight(w.view(layer.weight.shape).cpu(), step.cpu(), zero.cpu(), args.wbits)
     act, bias = quantizer_state(act), layer.bias.detach().cpu()
     kind = "conv" if isinstance(layer, nn.Conv2d) else "linear"
+    balance = balance if balance is None else balance.cpu()
     return dict(type=kind, weight=packed, bias=bias, act=act, balance=balance)
 
 

@@ -208,11 +208,12 @@ def compensated_rounding(
     `gram` (I, I) is the weighted sum of x x^T over the layer's inputs x. Returns grid values.
     """
     order = gram.diagonal().argsort(descending=True)
-    hessian = gram.double()[order][:, order]
-    hessian /= hessian.diagonal().mean().clamp(min=1e-30)
-    hessian.diagonal().add_(damp)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = gram[order[:, None], order].double()
+    del gram  # it is as large, and so is what `upper` holds in turn
+    upper /= upper.diagonal().mean().clamp(min=1e-30)
+    upper.diagonal().add_(damp)
+    upper = torch.cholesky_inverse(torch.linalg.cholesky(upper))
+    upper = torch.linalg.cholesky(upper, upper=True)
     left, rounded = weight[:, order].double(), torch.empty_like(weight)
     for j, column in enumerate(order.tolist()):
         rounded[:, column] = fake_quant(left[:, j : j + 1].float(), step, zero, bits)[:, 0]

@@ -17,6 +17,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,22 +89,22 @@ def rounded_layers(model, calib, layers, args):
                 weight, balance = layer.weight.detach().flatten(1), state["balance"]
                 if balance is None:
                     balance = torch.ones(weight.shape[1])
-                weight, bias = weight * balance.to(args.device), layer.bias.detach().cpu()
-                chunks = [(grad, y - bias, x / balance, group) for grad, y, x, group in chunks]
-                yield prefix + child, weight, chunks, s03.settings_of(child, kind, layer, args)
+                own, balance = s03.settings_of(child, kind, layer, args), balance.to(args.device)
+                source = partial(s03.stream, chunks, own, layer.bias, balance)
+                yield prefix + child, weight * balance, source, own
 
 
-def vary(state, weight, chunks, args):
+def vary(state, weight, source, args):
     """One layer's state under every variant but clustering, and seconds of its roundings."""
     act, stored = q.make_quantizer(state["act"]).to(args.device), state["weight"]
     grid = [stored[key].to(weight) for key in ("step", "zero")] + [args.wbits]
-    gram, states, seconds = s03.gram(act, chunks, args), {}, {}
+    gram, states, seconds = s03.gram(weight, act, source), {}, {}
     roundings = {
         "best": lambda: q.compensated_rounding(weight, *grid, gram),
         "nearest": lambda: q.fake_quant(weight, *grid),
         "AdaRound": lambda: methods.adaround(weight, *grid, gram, args.iterations),
         "refit": lambda: q.compensated_rounding(
-            methods.refit(weight, gram, s03.quantized_inputs(act, chunks, args)), *grid, gram
+            methods.refit(weight, gram, s03.quantized_inputs(act, source)), *grid, gram
         ),
     }
     for variant, rounding in roundings.items():
@@ -114,7 +115,7 @@ def vary(state, weight, chunks, args):
         states[variant] = state | dict(weight=stored if variant == "best" else packed)
         if args.tgq_inputs and variant in BASE.values():  # the layer is told the time group
             w = q.unpack_weight(states[variant]["weight"]).to(weight)
-            quantized = s03.quantized_inputs(act, chunks, args)
+            quantized = s03.quantized_inputs(act, source)
             errors = methods.mean_errors(w, quantized, len(next(act.buffers())))  # G
             for bias, error in zip(BIASES, errors, strict=True):
                 states[variant + bias] = states[variant] | dict(bias=state["bias"] + error.cpu())

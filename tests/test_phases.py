@@ -409,11 +409,12 @@ def test_compiled_search_chooses_the_same_steps(product):
 def test_chunks_are_even_and_of_no_more_rows_than_fit():
     """--memory-limit: 10 rows of which 4 fit are three chunks, none of a single row."""
     columns = [torch.arange(10 * 64).view(10, 64), torch.arange(10)]  # 520 bytes a row
-    chunks = PHASE3.split(columns, 2, options(memory_limit=4.5 * 2 * 520 / 2**20))
+    limit = PHASE3.COPIES * 520 / 2**20  # MiB that one row takes
+    chunks = PHASE3.split(columns, options(memory_limit=4.5 * limit))
     assert [len(chunk[0]) for chunk in chunks] == [4, 3, 3]
     for pieces, column in zip(zip(*chunks, strict=True), columns, strict=True):
         assert torch.equal(torch.cat(pieces), column)
-    assert len(PHASE3.split(columns, 2, options(memory_limit=1e-6))) == 10
+    assert len(PHASE3.split(columns, options(memory_limit=1e-6))) == 10
 
 
 def test_search_does_not_depend_on_the_chunks(tiny_run):
