@@ -2,6 +2,7 @@
 benchmarks/calibration.py counts, measures, and agrees with the plain way."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -62,6 +63,25 @@ def test_calibration_has_a_row_for_each_kind_and_chooses_the_plain_way_s_steps()
     assert len(kinds) == 9 and kinds[-1] == "all" and "mlp.fc2" in kinds
     assert "02_grad_cache:" in result.stdout and "03_quantize:" in result.stdout
     assert float(re.search(r"chooses ([\d.]+)% of the same", result.stdout)[1]) > 99
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is not None or not shutil.which("g++"),
+    reason="needs a torch without CUDA and a C++ compiler",
+)
+def test_calibration_tells_what_memory_a_gpu_would_need():
+    """--stand-in: the peaks of 02 and 03, the demo's first block in chunks of a MiB."""
+    flags = "--model DiT-Demo/4 --depth 1 --rows 10 --groups 5 --rounds 1 --memory-limit 1".split()
+    result = run(*flags, "--stand-in", script="calibration")
+    assert result.returncode == 0, result.stderr
+    peaks = [int(peak) for peak in re.findall(r"peak GPU memory (\d+) MiB", result.stdout)]
+    assert len(peaks) == 2 and 1 <= min(peaks) and max(peaks) < 20
+
+
+def test_calibration_of_the_best_preset_counts_no_products():
+    """Its candidates are others: one line says what to give."""
+    result = run("--preset", "best", script="calibration")
+    assert result.returncode == 2 and "--no-layers" in result.stderr
 
 
 def test_calibration_counts_the_paper_s_products():
