@@ -1,5 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-PY = .venv/bin/python
+PY ?= .venv/bin/python
+# make PY=python3 takes an environment of your own
+READY = $(if $(findstring .venv/,$(PY)),.venv/done)
 RUN ?= runs/demo
 DEMO = --ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --steps 50 --cfg-scale 2
 SCORE = --reference demo/reference_mnist.npz --features demo/features_mnist.pt
@@ -8,7 +10,7 @@ GPU = benchmarks/results_gpu.md
 
 .PHONY: bench-gpu demo tables figures test lint clean
 
-demo: .venv/done  ## the five phases on the demo DiT: FP, W8A8, W6A6
+demo: $(READY)  ## the five phases on the demo DiT: FP, W8A8, W6A6
 	$(PY) 01_collect_calib.py --run $(RUN) $(DEMO)
 	$(PY) 02_grad_cache.py --run $(RUN)
 	$(PY) 03_quantize.py --run $(RUN) --wbits 8 --abits 8 --rows 40
@@ -18,13 +20,13 @@ demo: .venv/done  ## the five phases on the demo DiT: FP, W8A8, W6A6
 	$(PY) 04_sample.py --run $(RUN) --wbits 6 --abits 6 --num-images $(IMAGES)
 	$(PY) 05_eval_fid.py --run $(RUN) $(SCORE)
 
-tables: .venv/done  ## the paper's tables on the demo DiT; QUICK=1: half an hour on 2 cores
+tables: $(READY)  ## the paper's tables on the demo DiT; QUICK=1: half an hour on 2 cores
 	$(PY) benchmarks/tables.py $(if $(QUICK),--quick)
 
-figures: .venv/done  ## pictures of that sweep, into demo/; QUICK=1 as for tables
+figures: $(READY)  ## pictures of that sweep, into demo/; QUICK=1 as for tables
 	$(PY) benchmarks/figures.py --run $(if $(QUICK),runs/tables/quick/T100_seed0,runs/tables/full/T250_seed0)
 
-bench-gpu: .venv/done  ## every figure that needs a GPU, into benchmarks/results_gpu.md
+bench-gpu: $(READY)  ## every figure that needs a GPU, into benchmarks/results_gpu.md
 	$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no GPU')"
 	$(PY) -c "import torch; print('#', torch.cuda.get_device_name())" > $(GPU)
 	mkdir -p runs
@@ -34,11 +36,11 @@ bench-gpu: .venv/done  ## every figure that needs a GPU, into benchmarks/results
 	$(PY) benchmarks/sampling.py --models demo xl >> $(GPU)
 	$(PY) -m pytest -q -m gpu >> $(GPU)
 
-test: .venv/done  ## every test, on the CPU
+test: $(READY)  ## every test, on the CPU
 	$(PY) -m pytest -q
 
-lint: .venv/done
-	.venv/bin/ruff check .
+lint: $(READY)
+	$(PY) -m ruff check .
 
 .venv/done: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -4,17 +4,19 @@ The model has random weights, all gates open, in a named shape; its calibration 
 each kind of layer the table counts the candidates' products of Phase 3 and their bytes (both
 factors read, the result written, once each), and shows four times of this one run: the least that
 the machine's own rate of products and bandwidth allow, the products alone in fp32 and in the
-numbers that 03 takes (codes where it runs on integers), and the layer's whole search. Every 10th
+numbers that 03 takes (codes where it runs on integers), and the layer's whole search; last, the
+share of losses that 03 computes, for candidates that cannot win any more sit out. Every 10th
 product is timed, in 03's chunks. Before it 02 and 03 themselves, as processes: time, memory, disk.
 
     python benchmarks/calibration.py --model DiT-S/8
     python benchmarks/calibration.py --model DiT-S/8 --depth 1 --rows 40 --reference --scaling
     python benchmarks/calibration.py --model DiT-XL/2 --no-layers --compile
+    python benchmarks/calibration.py --model DiT-XL/2 --depth 1 --rounds 1 --stand-in
     python benchmarks/calibration.py --model DiT-XL/2 --paper
 
---paper only counts. --reference does the same searches the plain way: for every layer a pass
-through the whole network and back, then one candidate at a time over all rows. --scaling doubles
-rows, depth and width.
+--stand-in counts the GPU memory of 02 and 03 without a GPU; --paper only counts operations.
+--reference does the same searches the plain way: for every layer a pass through the whole network
+and back, then one candidate at a time over all rows. --scaling doubles rows, depth and width.
 """
 
 import argparse
@@ -28,11 +30,12 @@ from pathlib import Path
 import torch
 from plain_way import plain_way
 from random_run import flags_of, load_script, run_phase, write_run
-from sampling import dit, hardware, q
+from sampling import ROOT, dit, hardware, q
 
 BASE = "--wbits 8 --abits 8"
 COLUMNS = ["layer", "products, TFLOP", "TB", "by count, s", "fp32 products, s", "products, s"]
-COLUMNS += ["search, s", "search / fp32 products", "search / products"]
+COLUMNS += ["search, s", "search / fp32 products", "search / products", "losses computed"]
+STAND_IN = ROOT / "tests" / "stand_in_cuda.py"
 PHASE2, PHASE3 = load_script("02_grad_cache"), load_script("03_quantize")
 
 
@@ -134,20 +137,42 @@ def alone(chunks, layer, candidates, integers, args):
     return work, moved, spent[0], spent[integers]
 
 
+@contextlib.contextmanager
+def losses_counted():
+    """A list whose one number tells how many losses 03's searches have computed meanwhile."""
+    found, search = [0], PHASE3.search
+
+    def counting(loss_of, *rest):
+        def counted(*chunk_and_candidate):
+            found[0] += 1
+            return loss_of(*chunk_and_candidate)
+
+        return search(counted, *rest)
+
+    PHASE3.search = counting
+    try:
+        yield found
+    finally:
+        PHASE3.search = search
+
+
 def measure(run, rates, bandwidth, args):
     """Kind of layer -> [operations, bytes, seconds by count, of products in fp32 and as 03 makes
-    them, of the search]."""
+    them, of the search; losses of all candidates and chunks, and those computed]."""
     calib, table = dit.load_calib(run), {}
     model = dit.explicit_products(dit.load_calibrated(calib))
     for unit in PHASE3.load_units(dit.units(model), model, calib, args):
         for name, chunks, find_steps in PHASE3.unit_layers(unit, model, args):
-            whole, layer = seconds(find_steps, args.device), model.get_submodule(name)
+            with losses_counted() as computed:
+                whole = seconds(find_steps, args.device)
+            layer = model.get_submodule(name)
             integers, count = on_integers(name, layer, chunks, args), count_candidates(name, args)
             work, moved, *products = alone(chunks, layer, count, integers, args)
             floor = max(work / rates[integers], moved / bandwidth)
-            found = work, moved, floor, *products, whole
+            found = work, moved, floor, *products, whole, count * len(chunks), *computed
             kind = name.partition(".")[2].lstrip("0123456789.") if "blocks" in name else name
-            table[kind] = [a + b for a, b in zip(table.get(kind, [0] * 6), found, strict=True)]
+            before = table.get(kind, [0] * len(found))
+            table[kind] = [a + b for a, b in zip(before, found, strict=True)]
     return table
 
 
@@ -155,18 +180,18 @@ def print_table(table):
     """Prints it; returns the seconds of all products, in fp32 and as 03 makes them."""
     table = table | {"all": [sum(column) for column in zip(*table.values(), strict=True)]}
     print(f"\n| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
-    for kind, (work, moved, floor, fp32, products, whole) in table.items():
+    for kind, (work, moved, floor, fp32, products, whole, losses, computed) in table.items():
         numbers = [work / 1e12, moved / 1e12, floor, fp32, products, whole]
-        ratios = f"{whole / fp32:.2f} | {whole / products:.2f}"
+        ratios = f"{whole / fp32:.2f} | {whole / products:.2f} | {computed / losses:.2f}"
         print(" | ".join([f"| {kind}", *(f"{x:.3g}" for x in numbers), f"{ratios} |"]))
     return table["all"][3:5]
 
 
-def scripts(run, flags, base):
+def scripts(run, flags, base, launcher=()):
     """02 and 03 as processes: seconds of both."""
     total = 0
     for name, own in (("02_grad_cache", []), ("03_quantize", base)):
-        spent, peak, text = run_phase(name, *flags, "--force", *own)
+        spent, peak, text = run_phase(name, *flags, "--force", *own, launcher=launcher)
         gpu = [line for line in text.splitlines() if line.startswith("peak GPU")]
         print(f"{name}: {spent:.1f} s", f"peak host memory {peak:.0f} MiB", *gpu, sep=", ")
         total += spent
@@ -228,14 +253,20 @@ def main(args):
     config = dit.DiT_models[args.model] | ({"depth": args.depth} if args.depth else {})
     if args.paper:
         return on_paper(config, args)
+    if args.preset != "paper" and (args.layers or args.reference) and not args.stand_in:
+        raise dit.InputError(f"--preset {args.preset}: products are counted for the paper's method "
+                             "only; give --no-layers or --stand-in")  # fmt: skip
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         run = Path(folder) / "run"
         write_run(run, config, args, args.rows)
         flags = ["--run", run, "--device", args.device]
-        base = [*BASE.split(), "--rounds", args.rounds, *["--compile"] * args.compile]
+        base = [*BASE.split(), "--rounds", args.rounds, "--preset", args.preset]
+        base += ["--compile"] * args.compile
         base += ["--memory-limit", args.memory_limit] if args.memory_limit else []
         what = f"{args.model}, depth {config['depth']}, {args.rows} rows, R = {args.rounds}"
         print(f"\n{what}: {hardware(args.device)}; torch {torch.__version__}")
+        if args.stand_in:
+            return scripts(run, ["--run", run, "--device", "cuda"], base, [STAND_IN])
         rates, bandwidth = machine(args.device)
         in_tops = " and ".join(f"{rate / 1e12:.3g}" for rate in rates)
         print(f"fp32 and 03's products at {in_tops} TOP/s, copies at {bandwidth / 1e9:.3g} GB/s")
@@ -259,12 +290,15 @@ def parse_args():
     p.add_argument("--rows", type=int, default=320, help="n G")
     p.add_argument("--groups", type=int, default=10)
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--preset", choices=tuple(PHASE3.PRESETS), default="paper", help="of 03")
     p.add_argument("--memory-limit", type=int, help="of 03")
     p.add_argument("--compile", action="store_true", help="of 03")
     layers = "measure layer by layer too, not only 02 and 03 as processes"
     p.add_argument("--layers", action=argparse.BooleanOptionalAction, default=True, help=layers)
     p.add_argument("--reference", action="store_true", help="time the plain way as well")
     p.add_argument("--scaling", action="store_true", help="double rows, depth, width")
+    stand_in = "02 and 03 on a CUDA device that the CPU plays: memory, and no time of meaning"
+    p.add_argument("--stand-in", action="store_true", help=stand_in)
     p.add_argument("--paper", action="store_true", help="count the blocks' products, run nothing")
     p.add_argument("--input-size", type=int, help="for --paper: of x, 64 at 512 px")
     p.add_argument("--folder", type=Path, help="where there is space for the run")

@@ -54,9 +54,9 @@ def write_run(run, config, args, rows):
     dit.save_artifact(run / "calib.pt", head | parts)
 
 
-def run_phase(name, *flags):
+def run_phase(name, *flags, launcher=()):
     """A numbered script as a process: seconds, peak MiB of memory, what it printed."""
-    command = [sys.executable, ROOT / f"{name}.py", *map(str, flags)]
+    command = [sys.executable, *launcher, ROOT / f"{name}.py", *map(str, flags)]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(list(map(str, command)), stdout=out)
