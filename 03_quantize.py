@@ -44,7 +44,7 @@ EXTRA = {  # and the linear layers that --layers all or --cond-bits adds
     "final": ("adaLN_modulation.1",),
 }
 BALANCE = (None, 0.5, 1.0)  # strengths that --balance tries for each layer
-COPIES = 5  # of a chunk, and a little less, is what the device holds while candidates are tried
+COPIES = 5  # a search holds a little less than so many times its chunk
 PRESETS = {
     "paper": {},
     "best": dict(tag="best", rounds=1, edge_bits=8, cond_bits=8, tgq_inputs=True)
@@ -75,7 +75,7 @@ def parse_args():
     more.add_argument("--rounding", choices=("nearest", "gptq"), default="nearest", help="weights")
     p.machine.add_argument("--batch-size", type=int, default=8, help="rows of a unit's own passes")
     p.machine.add_argument(
-        "--memory-limit", type=float, help="MiB for a search's chunk; if not given 512, on a CPU 12"
+        "--memory-limit", type=float, help="MiB a search may take, weights apart: 512, on a CPU 12"
     )
     p.machine.add_argument("--compile", action="store_true", help="fuse passes; meant for CUDA")
     p.set_defaults(**PRESETS[p.parse_known_args()[0].preset])  # other flags win over the preset
@@ -130,9 +130,9 @@ def load_units(names, model, calib, args):
     left = set(names)
     for name in units(model):
         if name in left:
-            grads = [x[wanted] for x in load_grads(name, calib, args)["unit_grads"]]
-            fast = ([pinned(x, args) for x in column] for column in (inputs, grads))
-            yield Unit(name, *fast, rows["group"][wanted])
+            grads = load_grads(name, calib, args)["unit_grads"]
+            grads = [pinned(x[wanted], args) for x in grads]
+            yield Unit(name, [pinned(x, args) for x in inputs], grads, rows["group"][wanted])
         left.discard(name)
         if not left:
             return
@@ -278,11 +278,9 @@ def product_for(weight, chunks, kind, args):
     return IntProduct
 
 
-def quantize_linear(
-    weight, chunks, kind, args, bias=None, product=FloatProduct, balance=None
-):
-    """Lines 15-22: alternate Delta_W and Delta_X for R rounds. `weight` is (O, I), balanced if its
-    inputs, of which `kind` says what they are, are to be divided by `balance` (I,).
+def quantize_linear(weight, chunks, kind, args, bias=None, product=FloatProduct, balance=None):
+    """Lines 15-22: alternate Delta_W and Delta_X for R rounds. `weight` (O, I) is multiplied by
+    `balance` (I,) already, by which the inputs are to be divided; `kind` says what they are.
     Returns the rounded weight, its step and zero point, and the input quantizer."""
     source = partial(stream, chunks, args, bias, balance)
     alphas = step_grid().to(args.device)

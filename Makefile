@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-PY ?= .venv/bin/python
 # make PY=python3 takes an environment of your own
-READY = $(if $(findstring .venv/,$(PY)),.venv/done)
+PY = .venv/bin/python
+READY = $(if $(filter .venv/bin/python,$(PY)),.venv/done)
 RUN ?= runs/demo
 DEMO = --ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --steps 50 --cfg-scale 2
 SCORE = --reference demo/reference_mnist.npz --features demo/features_mnist.pt
@@ -44,7 +44,7 @@ lint: $(READY)
 
 .venv/done: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q -r requirements.txt
+	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
 clean:  ## the virtual environment and the demo's run

@@ -72,8 +72,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes, hidden_size):
         super().__init__()
-        table = torch.rand(num_classes + 1, hidden_size)  # nn.Embedding's own normal_ would import
-        # the compiler where the device is meta: a second of every script's start
+        # nn.Embedding's own normal_ imports the compiler on the meta device: a second of each start
+        table = torch.rand(num_classes + 1, hidden_size)
         self.embedding_table = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, y):

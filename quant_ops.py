@@ -147,16 +147,17 @@ def softmax_grid(bits: int, count: int = 20) -> Tensor:
 
 
 def search(loss_of, candidates: Tensor, chunks, expected=None) -> tuple[Tensor, Tensor]:
-    """Exhaustive search, Eq. (17): argmin over candidates of the loss summed over chunks.
+    """What an exhaustive search finds, Eq. (17): argmin over candidates of the loss summed over
+    chunks.
 
     `loss_of(chunk, candidate)` gives losses, 0 or more, of any one shape (one per channel, per
     group, or a single one); `chunks()` begins the chunks anew. Returns the best index and the least
     sum, both of that shape. Ties: the first.
 
-    Sums only grow: a candidate that has come to more than another's whole sum need not see the
-    chunks that are left. The bar is about the `expected` least sum; where none is given, two
-    candidates near the usual minimum go first and set it. If in the end one stopped below the least
-    whole sum, it goes on: the choice is always that of all sums in full.
+    Sums only grow: a candidate that has come to more than another's whole sum cannot win and need
+    not see the chunks that are left. So candidates stop above a bar, 1.1 times the `expected` least
+    sum; where none is given, two candidates near the usual minimum go first, and the better of them
+    is the bar. Then the least whole sum is, and whoever stopped below it goes on, until nobody has.
     Chunks are outside and candidates inside, so that a chunk stays in cache.
     """
     count, total = len(candidates), None
@@ -209,7 +210,7 @@ def compensated_rounding(
     """
     order = gram.diagonal().argsort(descending=True)
     upper = gram[order[:, None], order].double()
-    del gram  # it is as large, and so is what `upper` holds in turn
+    del gram  # frees as much memory as each of the following matrices takes
     upper /= upper.diagonal().mean().clamp(min=1e-30)
     upper.diagonal().add_(damp)
     upper = torch.cholesky_inverse(torch.linalg.cholesky(upper))

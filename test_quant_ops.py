@@ -251,6 +251,7 @@ def test_search_keeps_a_candidate_that_one_channel_still_needs():
     """Channels have minima at either end; nothing but the whole sum separates the best two."""
     table = torch.full((8, 100, 2), 9.0)
     table[:, 2, 0], table[:, 97, 1] = 1, 1
+    table[:, 1:3, 1], table[:, 97, 0] = 99, 99
     table[0, 2, 0], table[7, 1, 0], table[:7, 1, 0] = 2, 3, 1  # 9 and 10 in the end
     best, _ = q.search(lambda i, c: table[i, int(c)], torch.arange(100), lambda: range(8))
     assert best.tolist() == [2, 97]

@@ -1,4 +1,4 @@
-"""Phases 2 and 3 against their floor, the candidates' matrix products alone.
+"""Phases 2 and 3 against all their candidates' matrix products alone.
 
 The model has random weights, all gates open, in a named shape; its calibration rows are noise. For
 each kind of layer the table counts the candidates' products of Phase 3 and their bytes (both
@@ -250,6 +250,8 @@ def scaling(folder, config, base, args):
 
 
 def main(args):
+    own = ["--preset", args.preset, *(["--rounds", args.rounds] if args.rounds else [])]
+    args.rounds = flags_of(PHASE3, "--run", ".", *BASE.split(), *own).rounds
     config = dit.DiT_models[args.model] | ({"depth": args.depth} if args.depth else {})
     if args.paper:
         return on_paper(config, args)
@@ -260,10 +262,11 @@ def main(args):
         run = Path(folder) / "run"
         write_run(run, config, args, args.rows)
         flags = ["--run", run, "--device", args.device]
-        base = [*BASE.split(), "--rounds", args.rounds, "--preset", args.preset]
+        base = [*BASE.split(), "--preset", args.preset, "--rounds", args.rounds]
         base += ["--compile"] * args.compile
         base += ["--memory-limit", args.memory_limit] if args.memory_limit else []
         what = f"{args.model}, depth {config['depth']}, {args.rows} rows, R = {args.rounds}"
+        what += f", {args.preset} preset" * (args.preset != "paper")
         print(f"\n{what}: {hardware(args.device)}; torch {torch.__version__}")
         if args.stand_in:
             return scripts(run, ["--run", run, "--device", "cuda"], base, [STAND_IN])
@@ -289,7 +292,7 @@ def parse_args():
     p.add_argument("--depth", type=int, help="blocks, if not all")
     p.add_argument("--rows", type=int, default=320, help="n G")
     p.add_argument("--groups", type=int, default=10)
-    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--rounds", type=int, help="of 03, whose default holds if not given")
     p.add_argument("--preset", choices=tuple(PHASE3.PRESETS), default="paper", help="of 03")
     p.add_argument("--memory-limit", type=int, help="of 03")
     p.add_argument("--compile", action="store_true", help="of 03")

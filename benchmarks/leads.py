@@ -75,7 +75,8 @@ def all_units(model, calib, args, desc):
 
 
 def rounded_layers(model, calib, layers, args):
-    """Every layer that 03 rounds with compensation: its name, weight (O, I), matrices, flags."""
+    """Every layer that 03 rounds with compensation: its name, weight (O, I), a function that begins
+    its chunks anew, and its flags."""
     for unit in all_units(model, calib, args, "rounding"):
         kind, prefix = unit.name.split("_")[0], dit.units(model)[unit.name]
         with dit.unit_on(model, unit.name, args.device) as function:

@@ -1,5 +1,5 @@
-"""The scripts' way through CUDA, on a device that the CPU plays (stand_in_cuda.py): the CPU's very
-results, memory given back, and no waiting within a sampling step."""
+"""The scripts' way through CUDA, on a device that the CPU plays (stand_in_cuda.py): the CPU's steps
+and images, memory given back, and no waiting within a sampling step."""
 
 import re
 import shutil
@@ -71,11 +71,11 @@ def test_steps_equal_the_cpu_s(tiny_run, played):
 
 
 def test_memory_is_given_back_and_its_peak_printed(played):
-    """Nothing stays on the device, and its most is no whole network and no whole layer's data."""
+    """Nothing stays on the device. With a whole layer's data there 03 would hold 0.95 MiB."""
     for printed in played[1]:
         _, _, left, peak = counts(printed)
         assert left == 0 and f"peak GPU memory {peak / 2**20:.0f} MiB" in printed
-        assert 0 < peak < 2 * 2**20
+        assert 0.2 * 2**20 < peak < 0.7 * 2**20
 
 
 def test_the_best_preset_runs(tiny_run, played):
@@ -93,8 +93,8 @@ def test_the_best_preset_runs(tiny_run, played):
 
 
 def test_images_equal_the_cpu_s_and_no_step_waits(tiny_run, played):
-    """04: the same bytes; the host reads once a batch, and no number of steps adds to what it
-    reads or copies from pageable memory."""
+    """04: equal but for rounding to uint8; the host reads once a batch, and no number of steps adds
+    to what it reads or copies from pageable memory."""
     printed = play("04_sample", played[0], "--batch-size", "2")
     a, b = (np.load(run / "samples_w6a6.npz")["arr_0"] for run in (tiny_run, played[0]))
     assert np.abs(a.astype(int) - b).max() <= 1
