@@ -38,7 +38,7 @@ def lively(config, device):
     for name, parameter in model.named_parameters():
         if name != "pos_embed":
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 / 2)
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)  # positions come from numpy
 
 
 def layer_state(name, layer, ranges):

@@ -54,6 +54,14 @@ def steps(run, name):
     return found
 
 
+def test_calibration_rows_equal_the_cpu_s(tiny_run, tiny_ckpt, tmp_path):
+    """01: the same trajectories, timesteps and labels, x_t but for the order of sums."""
+    play("01_collect_calib", tmp_path, "--ckpt", tiny_ckpt)
+    cpu, cuda = (m.load_calib(run)["calibration"] for run in (tiny_run, tmp_path))
+    for key, value in cpu.items():
+        torch.testing.assert_close(value, cuda[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
 def test_gradients_equal_the_cpu_s(tiny_run, played):
     """02 in other batches: equal but for the order of sums."""
     for name in ("embed", "block_00", "final"):
@@ -102,6 +110,30 @@ def test_images_equal_the_cpu_s_and_no_step_waits(tiny_run, played):
     assert counts(printed)[0] == 3 and counts(printed)[:2] == counts(shorter)[:2]
 
 
+def on_stand_in(folder, text):
+    """Lines that a script prints on the stand-in, its counts last."""
+    (folder / "script.py").write_text(text)
+    command = [sys.executable, STAND_IN, folder / "script.py"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+STEP = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_benchmarks import quantized, sampling
+steps = sampling.ours(*quantized("cuda:0")[:2])
+next(steps)
+print(*next(steps)[1].shape)
+"""
+
+
+def test_sampling_benchmark_s_models_run(tmp_path):
+    """Random weights made on the device, and their quantized twin, take a sampling step."""
+    assert on_stand_in(tmp_path, STEP)[0] == "4 4 8 8"
+
+
 SEEN = """
 import torch
 x = torch.ones(32, 8, device="cuda:0")
@@ -125,11 +157,8 @@ print("after", late.sum().item())
 
 def test_stand_in_sees_what_a_gpu_would_object_to(tmp_path):
     """Tensors of both devices, rows too few for `_int_mm`, a copy that nobody has waited for."""
-    (tmp_path / "seen.py").write_text(SEEN)
-    command = [sys.executable, STAND_IN, tmp_path / "seen.py"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    lines = result.stdout.splitlines()
-    assert "both devices" in lines[0] and "16 x 8 x 8" in lines[1], result.stderr
+    lines = on_stand_in(tmp_path, SEEN)
+    assert "both devices" in lines[0] and "16 x 8 x 8" in lines[1]
     assert lines[2:4] == ["before 0.0", "after 3.0"]
     reads, pageable, _, peak = counts(lines[4])
     assert (reads, pageable) == (2, 1) and peak >= 1024
