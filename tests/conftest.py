@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ sys.path.insert(0, str(ROOT))
 
 from models_dit import Diffusion, DiT  # noqa: E402
 
+STAND_IN = ROOT / "tests" / "stand_in_cuda.py"  # a launcher: a CUDA device that the CPU plays
+needs_stand_in = pytest.mark.skipif(
+    torch.version.cuda is not None or not shutil.which("g++"),
+    reason="needs a torch without CUDA and a C++ compiler",
+)
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",  # the same tests on every machine

@@ -209,9 +209,10 @@ def copy_is_late(function, args, kwargs, to_device):
         return False
     free = kwargs.get("non_blocking") or target is not None and len(args) > 2 and args[2]
     EVENTS["copies from pageable memory"] += not (free and pinned(source))
-    if current[-1] is not DEFAULT:
+    late = target is not None and current[-1] is not DEFAULT
+    if late:
         current[-1].pending.append((target.host, source))
-    return current[-1] is not DEFAULT
+    return late
 
 
 def set_data(tensor, value, plain=torch._C.TensorBase.data):

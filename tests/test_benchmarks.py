@@ -2,13 +2,12 @@
 benchmarks/calibration.py counts, measures, and agrees with the plain way."""
 
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_stand_in
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -65,10 +64,7 @@ def test_calibration_has_a_row_for_each_kind_and_chooses_the_plain_way_s_steps()
     assert float(re.search(r"chooses ([\d.]+)% of the same", result.stdout)[1]) > 99
 
 
-@pytest.mark.skipif(
-    torch.version.cuda is not None or not shutil.which("g++"),
-    reason="needs a torch without CUDA and a C++ compiler",
-)
+@needs_stand_in
 def test_calibration_tells_what_memory_a_gpu_would_need():
     """--stand-in: the peaks of 02 and 03, the demo's first block in chunks of a MiB."""
     flags = "--model DiT-Demo/4 --depth 1 --rows 10 --groups 5 --rounds 1 --memory-limit 1".split()

@@ -9,16 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, ROOT, run_script
+from conftest import FLAGS, ROOT, STAND_IN, needs_stand_in, run_script
 
 import models_dit as m
 
-STAND_IN = ROOT / "tests" / "stand_in_cuda.py"
-
-pytestmark = pytest.mark.skipif(
-    torch.version.cuda is not None or not shutil.which("g++"),
-    reason="needs a torch without CUDA and a C++ compiler",
-)
+pytestmark = needs_stand_in
 
 
 def play(name, run, *flags):
