@@ -14,61 +14,49 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models_dit import (
-    DIT_URL, Diffusion, DiT_models, InputError, Parser, Parts, already_made, at_least_one, download,
-    header, image_generators, load_dit, run_script, save_artifact, sha256_of, trajectory,
-)
+from common.artifacts import Parts, is_up_to_date, provenance, save_artifact, sha256_of
+from common.checkpoints import check_model, find_checkpoint, load_dit
+from common.cli import InputError, Parser, at_least_one, run_script, whole_number
+from models_dit import TRAIN_TIMESTEPS, Diffusion, DiT_models, image_generators, trajectory
 from quant_ops import time_group
 
 STREAM = 1  # of random numbers; the images of 04_sample.py come from stream 0
 HELD_OUT = 16  # trajectories that only validation rows come from
 HELD_OUT_PER_GROUP = 8  # validation rows of each time group
+SETTINGS = (
+    "steps", "groups", "per_group", "trajectories", "cfg_scale", "cfg_channels", "seed", "vae",
+)  # fmt: skip
 
 
 def parse_args():
     p = Parser(__doc__)
+    p.paper.add_argument("--steps", type=whole_number, default=250, help="T, Sec. IV-A: 250 or 100")
+    p.paper.add_argument("--groups", type=whole_number, default=10, help="G, Sec. IV-A")
+    p.paper.add_argument("--per-group", type=whole_number, default=32, help="n, Sec. IV-A")
     p.paper.add_argument("--model", choices=sorted(DiT_models), help="checked against --ckpt")
     p.paper.add_argument("--ckpt", help="DiT checkpoint; without it DiT-XL/2 is downloaded")
     p.paper.add_argument("--image-size", type=int, choices=(256, 512), default=256)
-    p.paper.add_argument("--num-heads", type=int, help="if the width is no official one")
-    p.paper.add_argument("--vae", choices=("mse", "ema", "none"), default="mse", help="or pixels")
-    p.paper.add_argument("--steps", type=int, default=250, help="T, Sec. IV-A: 250 or 100")
-    p.paper.add_argument("--groups", type=int, default=10, help="G, Sec. IV-A")
-    p.paper.add_argument("--per-group", type=int, default=32, help="n, Sec. IV-A")
-    p.paper.add_argument("--trajectories", type=int, default=64, help="to draw the n G tuples from")
-    p.paper.add_argument("--cfg-scale", type=float, default=1.5, help="1 turns guidance off (D3)")
-    p.paper.add_argument("--cfg-channels", type=int, default=3, help="guided channels of eps (D3)")
-    p.paper.add_argument("--seed", type=int, default=0)
-    p.machine.add_argument("--batch-size", type=int, default=32, help="trajectories at a time")
+    p.ours.add_argument("--num-heads", type=whole_number, help="if the width is no official one")
+    p.ours.add_argument("--vae", choices=("mse", "ema", "none"), default="mse", help="none: pixels")
+    p.ours.add_argument("--cfg-scale", type=float, default=1.5, help="1 turns guidance off (D3)")
+    p.ours.add_argument("--cfg-channels", type=whole_number, default=3, help="guided, of eps (D3)")
+    p.ours.add_argument("--trajectories", type=whole_number, default=64, help="to draw from (D13)")
+    p.ours.add_argument("--seed", type=whole_number, default=0)
+    p.machine.add_argument("--batch-size", type=whole_number, default=32, help="trajectories")
     return p.parse_args()
 
 
 def check(args):
-    if not 1 <= args.groups <= args.steps:
+    at_least_one(args, "steps", "groups", "per_group", "trajectories", "batch_size")
+    if args.steps > TRAIN_TIMESTEPS:
+        raise InputError(f"--steps {args.steps}: T must be 1..{TRAIN_TIMESTEPS}")
+    if args.groups > args.steps:
         raise InputError(f"--groups {args.groups}: G must be 1..T, and T is {args.steps}")
-    at_least_one(args, "per_group", "trajectories", "batch_size")
-    if args.trajectories * (args.steps // args.groups) < args.per_group:
+    smallest = args.steps // args.groups  # group, in timesteps
+    if args.trajectories * smallest < args.per_group or HELD_OUT * smallest < HELD_OUT_PER_GROUP:
         raise InputError(f"--per-group {args.per_group} needs more --trajectories")
     if args.seed < 0 or args.cfg_channels < 1 or not math.isfinite(args.cfg_scale):
         raise InputError("--seed >= 0, --cfg-channels >= 1 and a finite --cfg-scale are needed")
-
-
-def draw_rows(rng, args, trajectories, per_group, labels, null_label):
-    """Alg. 1 lines 6-8: n distinct (trajectory, t) pairs of every group, Eq. (9)-(10).
-
-    Returns a dict of (n G,) tensors: trajectory, t, group, y. With guidance every second tuple
-    carries the null label, because guided sampling asks the network under both (D3).
-    """
-    t_all = np.arange(args.steps)
-    picked = []
-    for i in range(args.groups):
-        t_i = t_all[time_group(t_all, args.steps, args.groups) == i]
-        pairs = rng.choice(len(trajectories) * len(t_i), per_group, replace=False)
-        picked.append(np.stack([trajectories[pairs // len(t_i)], t_i[pairs % len(t_i)]]))
-    row_trajectory, t = torch.from_numpy(np.concatenate(picked, axis=1))
-    null = (torch.arange(len(t)) % per_group % 2 == 1) & (args.cfg_scale != 1)
-    y = torch.where(null, null_label, labels[row_trajectory])
-    return dict(trajectory=row_trajectory, t=t, group=time_group(t, args.steps, args.groups), y=y)
 
 
 def draw_labels(rng, count, num_classes):
@@ -77,84 +65,84 @@ def draw_labels(rng, count, num_classes):
     return torch.from_numpy(np.concatenate(rounds)[:count])
 
 
+def draw_tuples(rng, T, G, n, trajectories, labels, null_label=None):
+    """Alg. 1 lines 6-8: which n distinct (trajectory, t) of every time group are kept, Eq. (9)-(10).
+
+    Returns a dict of (n G,) tensors: trajectory, t, group, y. Given a null label, every second
+    tuple carries it, because guided sampling asks the network under both (D3).
+    """
+    t_all, picked = np.arange(T), []
+    for i in range(G):  # line 6
+        t_i = t_all[time_group(t_all, T, G) == i]  # line 7, Eq. (9)
+        pairs = rng.choice(len(trajectories) * len(t_i), n, replace=False)  # line 8
+        picked.append(np.stack([trajectories[pairs // len(t_i)], t_i[pairs % len(t_i)]]))
+    row_trajectory, t = torch.from_numpy(np.concatenate(picked, axis=1))  # Eq. (10): n G tuples
+    y = labels[row_trajectory]
+    if null_label is not None:
+        y = torch.where(torch.arange(len(t)) % n % 2 == 1, null_label, y)
+    return dict(trajectory=row_trajectory, t=t, group=time_group(t, T, G), y=y)
+
+
 @torch.no_grad()
-def collect(model, diffusion, args, first, y, rows, bar):
+def collect(model, diffusion, first, y, rows, settings, bar):
     """Alg. 1 lines 4-5 for the trajectories first, first + 1, ...: x_t and x_0 of the kept rows."""
     mine = (rows["trajectory"] >= first) & (rows["trajectory"] < first + len(y))
     mine = mine.nonzero()[:, 0]
     index, row_t = rows["trajectory"][mine] - first, rows["t"][mine]
-    generators = image_generators(args.seed, range(first, first + len(y)), STREAM)
+    generators = image_generators(settings["seed"], range(first, first + len(y)), STREAM)
+    guidance = settings["cfg_scale"], settings["cfg_channels"]
     x = torch.empty(len(mine), model.in_channels, model.input_size, model.input_size)
-    for t, x_t in trajectory(model, diffusion, y, generators, args.cfg_scale, args.cfg_channels):
+    for t, x_t in trajectory(model, diffusion, y, generators, *guidance):  # line 4
         if (row_t == t).any():
-            x[row_t == t] = x_t.cpu()[index[row_t == t]]
+            x[row_t == t] = x_t.cpu()[index[row_t == t]]  # line 5
         bar.update()
     return dict(mine=mine, x=x, x_0=x_t.cpu()[index])
 
 
-def collect_all(model, args, labels, rows, parts):
+def collect_all(model, batches, rows, settings, parts):
     """Fill rows["x"] and rows["x_0"], (R, C, H, W), one batch of trajectories after the other."""
-    diffusion = Diffusion(args.steps, labels.device)
+    diffusion = Diffusion(settings["steps"], batches[0].device)
     shape = (len(rows["t"]), model.in_channels, model.input_size, model.input_size)
     rows["x"], rows["x_0"] = torch.empty(shape), torch.empty(shape)
-    batches = labels.split(args.batch_size)
+    starts = range(0, sum(map(len, batches)), len(batches[0]))
     todo = [i for i in range(len(batches)) if not parts.has(i)]
-    with tqdm(total=len(todo) * (args.steps + 1), desc="01 trajectories", unit="step") as bar:
+    total = len(todo) * (diffusion.num_timesteps + 1)
+    with tqdm(total=total, desc="01 trajectories", unit="step") as bar:
         for i in todo:
-            part = collect(model, diffusion, args, i * args.batch_size, batches[i], rows, bar)
-            parts.save(i, part)
+            parts.save(i, collect(model, diffusion, starts[i], batches[i], rows, settings, bar))
     for part in map(parts.load, range(len(batches))):
         rows["x"][part["mine"]], rows["x_0"][part["mine"]] = part["x"], part["x_0"]
     if not (rows["x"].isfinite().all() and rows["x_0"].isfinite().all()):
         raise InputError("sampling gave NaN or infinity: is the checkpoint whole?")
 
 
-def find_checkpoint(args):
-    """The path of the checkpoint, downloaded if none was named."""
-    if args.ckpt:
-        return args.ckpt
-    if args.model not in (None, "DiT-XL/2"):
-        raise InputError(f"{args.model} has no public weights: give --ckpt")
-    url = DIT_URL.format(args.image_size)
-    return str(download(url, url.rpartition("/")[2]))
-
-
-def check_model(args, config):
-    channels = config["in_channels"]
-    if channels not in ((1, 3) if args.vae == "none" else (4,)):
-        raise InputError(f"--vae {args.vae} does not go with the checkpoint's {channels} channels")
-    for key, value in DiT_models.get(args.model, {}).items():
-        if config[key] != value:
-            raise InputError(f"--model {args.model} has {key} {value}, --ckpt has {config[key]}")
-
-
-def main(args):
+def main(args):  # Alg. 1 line 3
     check(args)
-    ckpt = find_checkpoint(args)
+    ckpt = find_checkpoint(args.ckpt, args.model, args.image_size)
     model, config = load_dit(ckpt, args.num_heads)
-    check_model(args, config)
-    knobs = "steps groups per_group trajectories cfg_scale cfg_channels seed vae"
-    settings = {key: getattr(args, key) for key in knobs.split()}
-    settings |= dict(ckpt=str(ckpt), config=config)
-    head = header("calib", settings, {"checkpoint": sha256_of(ckpt)}, args.device)
+    check_model(config, args.model, args.vae)
+    settings = {key: getattr(args, key) for key in SETTINGS} | dict(ckpt=str(ckpt), config=config)
+    head = provenance("calib", settings, {"checkpoint": sha256_of(ckpt)}, args.device)
     path = args.run / "calib.pt"
     parts = Parts(path, head, args.batch_size)
-    if already_made(path, head, args.force):
+    if is_up_to_date(path, head, args.force):
         return parts.clear()  # a run killed after its last write left them
     rng = np.random.default_rng([args.seed, STREAM])
-    classes, count = config["num_classes"], args.trajectories + HELD_OUT
-    labels = draw_labels(rng, count, classes)
+    count = args.trajectories + HELD_OUT
+    labels = draw_labels(rng, count, config["num_classes"])
+    null = config["num_classes"] if args.cfg_scale != 1 else None
     used, spare = np.arange(args.trajectories), np.arange(args.trajectories, count)
-    calibration = draw_rows(rng, args, used, args.per_group, labels, classes)
-    validation = draw_rows(rng, args, spare, HELD_OUT_PER_GROUP, labels, classes)
-    rows = {key: torch.cat([calibration[key], validation[key]]) for key in calibration}
-    collect_all(model.to(args.device), args, labels.to(args.device), rows, parts)
-    split = len(calibration["t"])
-    head["calibration"] = {key: value[:split].clone() for key, value in rows.items()}
-    head["validation"] = {key: value[split:].clone() for key, value in rows.items()}
+    kept = draw_tuples(rng, args.steps, args.groups, args.per_group, used, labels, null)
+    held = draw_tuples(rng, args.steps, args.groups, HELD_OUT_PER_GROUP, spare, labels, null)
+    rows = {key: torch.cat([kept[key], held[key]]) for key in kept}
+    batches = labels.to(args.device).split(args.batch_size)
+    collect_all(model.to(args.device), batches, rows, settings, parts)
+    n_g = len(kept["t"])
+    head["calibration"] = {key: value[:n_g].clone() for key, value in rows.items()}
+    head["validation"] = {key: value[n_g:].clone() for key, value in rows.items()}
     wrote = save_artifact(path, head)
     parts.clear()
-    print(f"{wrote}, n G = {split} rows.  Next: python 02_grad_cache.py --run {args.run}")
+    print(f"{wrote}, n G = {n_g} rows.  Next: python 02_grad_cache.py --run {args.run}")
 
 
 if __name__ == "__main__":

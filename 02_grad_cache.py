@@ -3,9 +3,9 @@
 Paper: Sec. III-B, Alg. 1 lines 9-12, Eq. (11).  In: RUN/calib.pt.
 Out: RUN/grads/{embed,block_NN,final}.pt, each with dL/d(outputs) of a unit, and the embedder's with
 the network's inputs. Every layer's output and gradient inside a unit follow from these in Phase 3,
-so nothing is stored per layer. The device holds one unit and one batch at a time, the host one
-unit's rows; disk: 4 bytes x n G x tokens x width x depth (10.6 GB for DiT-XL/2), two units' worth
-more meanwhile.
+as in gradient checkpointing, so nothing is stored per layer (D14). The device holds one unit and
+one batch at a time, the host one unit's rows; disk: 4 bytes x n G x tokens x width x depth (11 GB
+for DiT-XL/2), two units' worth more meanwhile.
 
     python 02_grad_cache.py --run runs/xl
 """
@@ -16,11 +16,11 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
-from models_dit import (
-    Diffusion, Parser, Parts, already_made, at_least_one, draw_noise, explicit_products, header,
-    image_generators, in_batches, load_calib, load_calibrated, next_inputs, print_peak, run_script,
-    unit_on, units, write_atomic,
-)
+from common.artifacts import Parts, atomic_write, is_up_to_date, provenance
+from common.checkpoints import load_calib, load_calibrated
+from common.cli import Parser, at_least_one, print_peak, run_script, whole_number
+from common.offload import in_batches, next_inputs, unit_on, units
+from models_dit import Diffusion, draw_noise, explicit_products, image_generators
 
 STREAM = 2  # of random numbers, for --eps renoise
 
@@ -28,27 +28,27 @@ STREAM = 2  # of random numbers, for --eps renoise
 def parse_args():
     p = Parser(__doc__)
     choices = ("implied", "renoise")
-    p.paper.add_argument("--eps", choices=choices, default="implied", help="eps of Eq. (11), D2")
-    p.machine.add_argument("--batch-size", type=int, default=8, help="calibration rows at a time")
+    p.ours.add_argument("--eps", choices=choices, default="implied", help="eps of Eq. (11), D2")
+    p.machine.add_argument("--batch-size", type=whole_number, default=8, help="rows at a time")
     return p.parse_args()
 
 
-def noise_and_inputs(rows, diffusion, kind, seed):
+def noise_and_inputs(rows, diffusion, which_eps, seed):
     """The eps of Eq. (11) and the x_t it was added to (D2), both (R, C, H, W)."""
-    if kind == "implied":
+    if which_eps == "implied":
         return diffusion.implied_eps(rows["x"], rows["x_0"], rows["t"]), rows["x"]
     generators = image_generators(seed, range(len(rows["t"])), STREAM)
     eps = draw_noise(generators, rows["x"].shape[1:], "cpu")
     return eps, diffusion.q_sample(rows["x_0"], rows["t"], eps)
 
 
-def forward_pass(model, inputs, parts, args):
-    """Alg. 1 line 11: the inputs of every unit, one unit after the other, kept in `parts`."""
+def forward_pass(model, inputs, parts, batch_size, device):
+    """Alg. 1 lines 10-11: the inputs of every unit, one unit after the other, kept in `parts`."""
     names = list(units(model))
     parts.save(f"in_{names[0]}", inputs)
-    for name, following in pairwise(tqdm(names, desc="02 forward", unit="unit")):
+    for name, following in pairwise(tqdm(names, desc="02 forward", unit="unit")):  # l = 1, ..., L
         if not parts.has(f"in_{following}"):
-            inputs = next_inputs(model, name, parts.load(f"in_{name}"), args)
+            inputs = next_inputs(model, name, parts.load(f"in_{name}"), batch_size, device)
             parts.save(f"in_{following}", inputs)
 
 
@@ -65,58 +65,60 @@ def unit_gradient(function, x, c, grad):
     return torch.autograd.grad(function(x, c)[0], (x, c), grad)
 
 
-def start_backward(model, eps, parts, args):
+def start_backward(model, eps, parts, batch_size, device):
     """Hand dL/d(output) to the final layer; dL/dc is summed up from zero."""
     x, c = parts.load("in_final")
-    with unit_on(model, "final", args.device) as function:
-        grad = in_batches(
-            lambda x, c, eps: [loss_gradient(model, function(x, c)[0], eps)], [x, c, eps], args
-        )
+    with unit_on(model, "final", device) as function:
+
+        def gradient(x, c, eps):
+            return [loss_gradient(model, function(x, c)[0], eps)]
+
+        grad = in_batches(gradient, [x, c, eps], batch_size, device)
     parts.save("grad_final", [*grad, torch.zeros_like(c)])
 
 
-def backward_pass(model, parts, head, args):
+def backward_pass(model, folder, parts, head, batch_size, device):
     """Alg. 1 line 12: write the file of every unit, the last first; each hands its gradient on."""
     names = list(units(model))
     before = dict(zip(names[1:], names, strict=False))
     reached = next(i for i, name in enumerate(names) if parts.has(f"grad_{name}"))
-    for name in tqdm(names[reached::-1], desc="02 backward", unit="unit"):
+    for name in tqdm(names[reached::-1], desc="02 backward", unit="unit"):  # l = L, ..., 1
         inputs, (grad, grad_c) = parts.load(f"in_{name}"), parts.load(f"grad_{name}")
         unit = dict(unit=name, unit_grads=[grad])
         if name == "embed":
             unit |= dict(unit_grads=[grad, grad_c], unit_inputs=inputs)
-        path = args.run / "grads" / f"{name}.pt"
-        write_atomic(path, lambda file, unit=unit: torch.save(head | unit, file))
+        with atomic_write(folder / f"{name}.pt") as file:
+            torch.save(head | unit, file)
         if name in before:
-            with unit_on(model, name, args.device) as function:
-                grad, own = in_batches(partial(unit_gradient, function), [*inputs, grad], args)
+            with unit_on(model, name, device) as function:
+                backward = partial(unit_gradient, function)
+                grad, own = in_batches(backward, [*inputs, grad], batch_size, device)
             parts.save(f"grad_{before[name]}", [grad, grad_c + own])
             for part in (f"grad_{name}", f"in_{name}"):
                 parts.remove(part)
 
 
-def main(args):
+def main(args):  # Alg. 1 line 9
     at_least_one(args, "batch_size")
-    calib = load_calib(args.run)
-    inputs = {"calib": calib["sha256"]}
-    head = header("grads", {"eps": args.eps}, inputs, args.device)
-    last = args.run / "grads" / "embed.pt"  # written last: its presence says that all are there
-    parts = Parts(args.run / "grads", head)
-    if already_made(last, head, args.force):
+    calib, folder, batches = load_calib(args.run), args.run / "grads", (args.batch_size, args.device)
+    head = provenance("grads", {"eps": args.eps}, {"calib": calib["sha256"]}, args.device)
+    last = folder / "embed.pt"  # written last: its presence says that all are there
+    parts = Parts(folder, head)
+    if is_up_to_date(last, head, args.force):
         return parts.clear()  # a run killed after its last write left them
     model = explicit_products(load_calibrated(calib))
-    rows = calib["calibration"]
-    diffusion = Diffusion(calib["settings"]["steps"])
+    rows, diffusion = calib["calibration"], Diffusion(calib["settings"]["steps"])
     eps, x_t = noise_and_inputs(rows, diffusion, args.eps, calib["settings"]["seed"])
     parts.clear(others_only=True)  # whose unit files this run is about to replace
     last.unlink(missing_ok=True)
     if not any(parts.has(f"grad_{name}") for name in units(model)):
-        forward_pass(model, [x_t, diffusion.timestep_map[rows["t"]], rows["y"]], parts, args)
-        start_backward(model, eps, parts, args)
-    backward_pass(model, parts, head, args)
+        inputs = [x_t, diffusion.timestep_map[rows["t"]], rows["y"]]
+        forward_pass(model, inputs, parts, *batches)
+        start_backward(model, eps, parts, *batches)
+    backward_pass(model, folder, parts, head, *batches)
     parts.clear()
-    sizes = [file.stat().st_size for file in last.parent.glob("*.pt")]
-    print(f"wrote {len(sizes)} files in {last.parent}, {sum(sizes) / 2**20:.0f} MiB.  ", end="")
+    sizes = [file.stat().st_size for file in folder.glob("*.pt")]
+    print(f"wrote {len(sizes)} files in {folder}, {sum(sizes) / 2**20:.0f} MiB.  ", end="")
     print(f"Next: python 03_quantize.py --run {args.run} --wbits 8 --abits 8")
     print_peak(args.device)
 

@@ -1,39 +1,25 @@
-"""DiT, its DDPM sampler, the SD-VAE decoder, and checkpoint and artifact I/O.
+"""DiT, its registry and its DDPM sampler: the model that is quantized, and nothing else.
 
 The network is the diffusion transformer of Peebles and Xie (arXiv 2212.09748), with the parameter
 names and constructor keywords of the public checkpoints, so those load with `strict=True`. Two
 things differ inside, neither changes a number: the attention products are child modules `qk` and
 `av`, so quantizing swaps children and patches no `forward`; and `DiT.forward` looks up each
-sample's time group (Eq. 9) once and hands it down as an argument.
+sample's time group (Eq. 9) once and hands it down as an argument. Imports torch and numpy alone:
+copy it into a project of your own.
 
-Shapes: N samples, C channels, S tokens, D width, H heads.
+Shapes: N samples, C channels, S tokens, D width, H heads, T timesteps.
+
+    Eq. (1), closed form   Diffusion.q_sample          Eq. (3)   Diffusion.posterior_mean
+    Eq. (2)                Diffusion.p_mean_log_var    Eq. (4)   Diffusion.p_sample
 """
 
-import argparse
-import atexit
-import errno
-import fcntl
-import hashlib
-import json
 import math
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import urllib.request
-from contextlib import contextmanager, suppress
-from datetime import timedelta
-from functools import partial
-from itertools import pairwise
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
 # Embedders
@@ -247,6 +233,45 @@ class DiT(nn.Module):
         return torch.cat([torch.cat([eps, eps]), rest], dim=1)
 
 
+def explicit_products(model):
+    """The model, each attention now with its two products as `qk` and `av`, which hooks can see."""
+    for block in model.blocks:
+        block.attn.fused = False
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# The layers of a DiT that multiply, and what their inputs come out of
+
+
+class LayerSpec(NamedTuple):
+    """One layer of every embedder ("embed"), block or final layer; `name` within that unit."""
+
+    unit: str
+    name: str
+    follows: str = ""  # the nonlinearity its first input comes out of, where quantizing minds it
+    conditioning: bool = False  # works on t and y, not on tokens; (N, D) inputs, no time group
+
+
+LAYERS = (
+    LayerSpec("embed", "x_embedder.proj"),  # the convolution
+    LayerSpec("block", "attn.qkv"),
+    LayerSpec("block", "attn.qk"),  # q k^T, a product of two activations
+    LayerSpec("block", "attn.av", follows="softmax"),  # softmax(q k^T) v
+    LayerSpec("block", "attn.proj"),
+    LayerSpec("block", "mlp.fc1"),
+    LayerSpec("block", "mlp.fc2", follows="gelu"),
+    LayerSpec("final", "linear"),
+    LayerSpec("embed", "t_embedder.mlp.0", conditioning=True),
+    LayerSpec("embed", "t_embedder.mlp.2", conditioning=True),
+    LayerSpec("block", "adaLN_modulation.1", conditioning=True),
+    LayerSpec("final", "adaLN_modulation.1", conditioning=True),
+)
+
+# ------------------------------------------------------------------------------------------------
+# The published sizes, and the demo's
+
+
 WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 DiT_models = {
     f"DiT-{size}/{patch}": dict(
@@ -262,37 +287,38 @@ DiT_models["DiT-Demo/4"] = dict(hidden_size=128, depth=6, num_heads=4, patch_siz
 # ------------------------------------------------------------------------------------------------
 # DDPM: linear schedule, learned range, respaced to any T
 
-TRAIN_STEPS = 1000
+TRAIN_TIMESTEPS = 1000
 
 
-def respaced_timesteps(steps):
-    """The `steps` of 0..999 that sampling visits, evenly spread, both ends included."""
-    if not 1 <= steps <= TRAIN_STEPS:
-        raise InputError(f"T = {steps} sampling steps: must be 1..{TRAIN_STEPS}")
-    stride = (TRAIN_STEPS - 1) / (steps - 1) if steps > 1 else 1
+def respaced_timesteps(num_timesteps):
+    """The T of 0..999 that sampling visits, evenly spread, both ends included; ValueError if T is
+    not 1..1000."""
+    if not 1 <= num_timesteps <= TRAIN_TIMESTEPS:
+        raise ValueError(f"T = {num_timesteps} timesteps: must be 1..{TRAIN_TIMESTEPS}")
+    stride = (TRAIN_TIMESTEPS - 1) / (num_timesteps - 1) if num_timesteps > 1 else 1
     position, timesteps = 0.0, []
-    for _ in range(steps):  # accumulated, not multiplied: rounds as the public code does
+    for _ in range(num_timesteps):  # accumulated, not multiplied: rounds as the public code does
         timesteps.append(round(position))
         position += stride
     return timesteps
 
 
 class Diffusion:
-    """The sampler's tables for T steps; index t in 0..T-1 is the paper's timestep.
+    """The sampler's tables for T timesteps; index t in 0..T-1 is the paper's timestep.
 
     `timestep_map[t]` is what the network is told. All tables are (T,) float32 on `device`,
     computed in float64.
     """
 
-    def __init__(self, steps, device="cpu"):
-        self.steps = steps
-        timesteps = respaced_timesteps(steps)
-        train_betas = np.linspace(1e-4, 0.02, TRAIN_STEPS, dtype=np.float64)
+    def __init__(self, num_timesteps, device="cpu"):
+        self.num_timesteps = num_timesteps
+        timesteps = respaced_timesteps(num_timesteps)
+        train_betas = np.linspace(1e-4, 0.02, TRAIN_TIMESTEPS, dtype=np.float64)
         abar = np.cumprod(1 - train_betas)[timesteps]
         abar_prev = np.append(1.0, abar[:-1])
         betas = 1 - abar / abar_prev
         posterior = betas * (1 - abar_prev) / (1 - abar)
-        clipped = np.append(posterior[1] if steps > 1 else betas[0], posterior[1:])
+        clipped = np.append(posterior[1] if num_timesteps > 1 else betas[0], posterior[1:])
         self.timestep_map = torch.tensor(timesteps, device=device)
         tables = dict(
             betas=betas,
@@ -326,7 +352,10 @@ class Diffusion:
         return self.at("recip_sqrt_abar", t) * x_t - self.at("recipm1_sqrt_abar", t) * eps
 
     def posterior_mean(self, x_0, x_t, t):
-        """Mean of q(x_{t-1} | x_t, x_0); with the predicted x_0 this is mu_theta of Eq. (3)."""
+        """Mean of q(x_{t-1} | x_t, x_0), (N, C, H, W); with the predicted x_0, mu_theta."""
+        # Eq. (3): x_0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar) put in here gives x_t the factor
+        # (beta + alpha (1 - abar_prev)) / (sqrt(alpha) (1 - abar)) = 1 / sqrt(alpha), and eps
+        # the factor -beta / (sqrt(alpha) sqrt(1 - abar)), for alpha abar_prev = abar
         return self.at("mean_x0", t) * x_0 + self.at("mean_xt", t) * x_t
 
     def p_mean_log_var(self, out, x_t, t):
@@ -372,7 +401,7 @@ def trajectory(model, diffusion, y, generators, cfg_scale, cfg_channels=3):
     shape, device = (model.in_channels, model.input_size, model.input_size), y.device
     x = draw_noise(generators, shape, device)
     null = torch.full_like(y, model.num_classes)
-    for t in reversed(range(diffusion.steps)):
+    for t in reversed(range(diffusion.num_timesteps)):
         yield t, x
         index = torch.full_like(y, t)
         told = diffusion.timestep_map[index]
@@ -383,686 +412,3 @@ def trajectory(model, diffusion, y, generators, cfg_scale, cfg_channels=3):
             out = model.forward_with_cfg(*pair, cfg_scale, cfg_channels)[: len(x)]
         x = diffusion.p_sample(out.float(), x, index, draw_noise(generators, shape, device))
     yield -1, x
-
-
-# ------------------------------------------------------------------------------------------------
-# The SD-VAE decoder: latents (N, 4, h, w) -> images (N, 3, 8h, 8w), under the public files' names
-
-VAE_SCALE = 0.18215  # latents the DiT works on = VAE_SCALE * latents of the autoencoder
-VAE_URL = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/main/diffusion_pytorch_model.bin"
-group_norm = partial(nn.GroupNorm, 32, eps=1e-6)
-
-
-class ResnetBlock(nn.Module):
-    """Two rounds of norm, SiLU, conv, around a shortcut (1x1 conv where the width changes)."""
-
-    def __init__(self, width_in, width_out):
-        super().__init__()
-        self.norm1 = group_norm(width_in)
-        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.norm2 = group_norm(width_out)
-        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
-
-    def forward(self, x):
-        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
-
-
-class PixelAttention(nn.Module):
-    """Single-head self-attention over the h * w positions, with a residual."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.group_norm = group_norm(width)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.to_out = nn.Sequential(nn.Linear(width, width))
-
-    def forward(self, x):
-        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, h * w, C)
-        out = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + self.to_out(out).transpose(1, 2).reshape(x.shape)
-
-
-class MidBlock(nn.Module):
-    """ResNet block, attention, ResNet block, all at the latents' resolution."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(width, width) for _ in range(2))
-        self.attentions = nn.ModuleList([PixelAttention(width)])
-
-    def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
-
-class Upsampler(nn.Module):
-    """Nearest-neighbour 2x, then a conv."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class UpBlock(nn.Module):
-    """`layers` ResNet blocks, the first changing the width, then 2x up unless it is the last."""
-
-    def __init__(self, width_in, width_out, layers, upsample):
-        super().__init__()
-        widths = [width_in] + [width_out] * layers
-        self.resnets = nn.ModuleList(ResnetBlock(i, o) for i, o in pairwise(widths))
-        self.upsamplers = nn.ModuleList([Upsampler(width_out)] if upsample else [])
-
-    def forward(self, x):
-        for module in [*self.resnets, *self.upsamplers]:
-            x = module(x)
-        return x
-
-
-class Decoder(nn.Module):
-    """Latents to images: conv, mid block, up blocks from the widest to the narrowest, conv."""
-
-    def __init__(self, widths, layers, latents, channels):
-        super().__init__()
-        self.conv_in = nn.Conv2d(latents, widths[-1], 3, padding=1)
-        self.mid_block = MidBlock(widths[-1])
-        plan = enumerate(pairwise([widths[-1], *reversed(widths)]), start=1)
-        blocks = [UpBlock(i, o, layers, upsample=n < len(widths)) for n, (i, o) in plan]
-        self.up_blocks = nn.ModuleList(blocks)
-        self.conv_norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
-
-    def forward(self, x):
-        for module in [self.conv_in, self.mid_block, *self.up_blocks]:
-            x = module(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class VAEDecoder(nn.Module):
-    """z (N, 4, h, w), already divided by `VAE_SCALE` -> images (N, 3, 8h, 8w), about [-1, 1]."""
-
-    def __init__(self, widths=(128, 256, 512, 512), layers=3, latents=4, channels=3):
-        super().__init__()
-        self.post_quant_conv = nn.Conv2d(latents, latents, 1)
-        self.decoder = Decoder(widths, layers, latents, channels)
-
-    def forward(self, z):
-        return self.decoder(self.post_quant_conv(z))
-
-
-RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-
-def convert_vae(state):
-    """A public autoencoder's state dict as `VAEDecoder` names it: no encoder, attention renamed."""
-    decoder = {}
-    for name, tensor in state.items():
-        if name.startswith(("encoder.", "quant_conv.")):
-            continue
-        for old, new in RENAMED.items():
-            name = name.replace(old, new)
-        conv = ".attentions." in name and tensor.ndim == 4  # some files hold (C, C, 1, 1) weights
-        decoder[name] = tensor.flatten(1) if conv else tensor
-    return decoder
-
-
-def load_vae(kind):
-    """The `mse` or `ema` fine-tuned decoder of Stable Diffusion, downloaded once."""
-    path = download(VAE_URL.format(kind), f"sd-vae-ft-{kind}.bin")
-    vae = VAEDecoder()
-    try:
-        vae.load_state_dict(convert_vae(load_state(path, "the SD-VAE")), strict=True)
-    except RuntimeError as error:
-        raise InputError(f"{path} is not the SD-VAE: {str(error).splitlines()[-1]}") from error
-    return vae.eval().requires_grad_(False)
-
-
-# ------------------------------------------------------------------------------------------------
-# The demo's feature network: a small classifier that stands in for Inception
-
-
-class FeatureNet(nn.Module):
-    """Classifier whose pooled features, mid-level map and logits score the demo's samples."""
-
-    def __init__(self, in_channels, width, num_classes):
-        super().__init__()
-        plan = [(in_channels, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1)]
-        plan += [(2 * width, 4 * width, 2), (4 * width, 4 * width, 1)]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 3, stride=s, padding=1, bias=False) for i, o, s in plan
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for _, o, _ in plan)
-        self.fc = nn.Linear(4 * width, num_classes)
-
-    def forward(self, x):
-        """x (N, C, H, W) in [-1, 1] -> pooled (N, 4 width), spatial (N, h * w * 7), logits."""
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = F.relu(norm(conv(x)))
-            if i == 3:
-                spatial = x[:, :7].flatten(1)
-        pooled = x.mean(dim=(2, 3))
-        return pooled, spatial, self.fc(pooled)
-
-
-# ------------------------------------------------------------------------------------------------
-# Artifacts: what passes between the phases, and from whom it is accepted
-
-
-class InputError(Exception):
-    """Bad input; its one-line message says what is wrong and what to do. Exit status 2."""
-
-
-FORMAT = 1
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows the script's docstring and every default; a wrong flag is one line, exit status 2."""
-
-    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=self.Help)
-        self.paper = self.add_argument_group("paper (defaults reproduce it)")
-        self.machine = self.add_argument_group("machine (must not change results)")
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        self.machine.add_argument("--run", type=Path, default=Path("runs/demo"), help="its folder")
-        self.machine.add_argument("--device", type=pick_device, default=default, help="cpu, cuda..")
-        self.machine.add_argument("--force", action="store_true", help="replace what is there")
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; --help explains the flags\n")
-
-
-def run_script(main, parse_args):
-    """Run a phase. Bad input becomes one line on stderr and exit status 2, never a traceback."""
-    script = Path(sys.argv[0]).name
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(_fail(script, error))
-    except torch.OutOfMemoryError:
-        sys.exit(_fail(script, "out of GPU memory: smaller --batch-size, --memory-limit?"))
-    except KeyboardInterrupt:
-        who = "stopped, as another process was" if dist.is_initialized() else "interrupted"
-        sys.exit(_fail(script, f"{who}; the same command again continues", status=130))
-
-
-def _fail(script, message, status=2):
-    if dist.is_initialized():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, now that this process ends
-        script = f"\n{script} (rank {dist.get_rank()} of {dist.get_world_size()})"  # off the bar
-    sys.stderr.write(f"{script}: {' '.join(str(message).split())}\n")  # at once: no line is torn
-    return status
-
-
-def pick_device(name):
-    """`cuda`, `cuda:1` or `cpu` as a torch.device, with TF32 off: same seed, same result."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: no CUDA device is available; use --device cpu")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: use cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()}")
-    return device
-
-
-def print_peak(device):
-    """On CUDA, the most memory that tensors of this process have taken there."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-        print(f"peak GPU memory {peak:.0f} MiB")
-
-
-def at_least_one(args, *flags):
-    for flag in flags:
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
-
-
-def check_bits(args, *flags):
-    for flag in flags:
-        bits = getattr(args, flag)
-        if bits is None or not 2 <= bits <= 8:
-            raise InputError(f"--{flag.replace('_', '-')} {bits}: must be 2..8")
-
-
-def model_name(args):
-    """`fp`, or `wXaY` with its tag: the part of a file's name that says which model."""
-    if getattr(args, "fp", False):
-        return "fp"
-    return f"w{args.wbits}a{args.abits}" + (f"_{args.tag}" if args.tag else "")
-
-
-class World:
-    """This process among those torchrun started: `rank` of `size`. Alone: 0 of 1.
-
-    Rank 0 joins what all have made; it alone prints and shows a bar. If a process dies, the others
-    stop: torchrun sends SIGTERM to those on its own node, the rest find out as they next meet.
-    """
-
-    def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self._meet(dist.init_process_group, "gloo", timeout=timedelta(days=7))  # the slowest unit
-        if self.size > 1:
-            atexit.register(dist.destroy_process_group)
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if self.rank:
-            sys.stdout = open(os.devnull, "w")
-
-    def _meet(self, function, *args, **kwargs):
-        """Call a function of torch.distributed; InputError if another process is gone."""
-        try:
-            if self.size > 1:
-                function(*args, **kwargs)
-        except RuntimeError as error:
-            raise InputError("another process died; the same command again continues") from error
-
-    def wait(self):
-        """Until every process is here."""
-        self._meet(dist.barrier)
-
-    def agree(self, value):
-        """Rank 0's value, in every process."""
-        box = [value]
-        self._meet(dist.broadcast_object_list, box)
-        return box[0]
-
-    def share(self, parts, names):
-        """This process's share of those `names` whose part is missing, even when a run resumes."""
-        return self.agree([x for x in names if not parts.has(x)])[self.rank :: self.size]
-
-    def bar(self, items=None, **kwargs):
-        """A progress bar that counts for all processes as rank 0 goes; their shares are equal."""
-        scale = self.size > 1 and self.size
-        return tqdm(items, disable=self.rank > 0, unit_scale=scale, **kwargs)
-
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomic(path, write):
-    """Call `write(file)` on a temporary file in the same folder, then rename it to `path`."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            temporary.unlink()
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC or "write" in str(error)
-        advice = "; free some disk space and run again" if full else ""
-        raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}{advice}") from error
-
-
-def load_state(path, what, allowed=()):
-    """`torch.load` that runs no code: tensors and plain containers, and classes `allowed` only.
-
-    Raises InputError if the file is missing, truncated, or holds anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file ({what})")
-    try:
-        with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged or hostile file
-        kind = "holds pickled objects, refused" if "nsupported" in str(error) else "is damaged"
-        raise InputError(f"{path} {kind} ({what}); make or download it again") from error
-
-
-def git_commit():
-    """The commit of this source tree, `+dirty` if files differ from it; for provenance only."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+dirty"]
-    try:
-        run = subprocess.run([*command, "--abbrev=12"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return run.stdout.strip() or "unknown"
-
-
-def header(kind, settings, inputs, device):
-    """What every artifact says of itself. `inputs` maps a name to the sha256 it was made from."""
-    return dict(
-        kind=kind,
-        format=FORMAT,
-        settings=settings,
-        inputs=inputs,
-        torch=str(torch.__version__),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        git=git_commit(),
-    )
-
-
-def load_artifact(path, kind, made_by):
-    """An artifact of the given kind; InputError names both kinds and the command to run."""
-    artifact = load_state(path, f"made by {made_by}")
-    found = artifact.get("kind") if isinstance(artifact, dict) else None
-    if found != kind:
-        raise InputError(f"{path} is {found or 'no artifact'}, not {kind}: run {made_by} first")
-    if not {"format", "settings", "inputs"} <= artifact.keys():
-        raise InputError(f"{path} is damaged: parts are missing; run {made_by} again")
-    if artifact["format"] != FORMAT:
-        found = artifact["format"]
-        raise InputError(f"{path} has format {found}, not {FORMAT}: run {made_by} again")
-    return artifact
-
-
-def save_artifact(path, artifact):
-    """Write it, and return the sentence that says so."""
-    write_atomic(path, lambda file: torch.save(artifact, file))
-    size = os.path.getsize(path) / 2**20
-    return f"wrote {path}, {size:.2f} MiB, sha256 {sha256_of(path)[:12]}"
-
-
-def already_made(path, head, force):
-    """True if `path` holds this very result. InputError if it holds another, unless `force`."""
-    if force or not Path(path).exists():
-        return False
-    old = load_artifact(path, head["kind"], "this script with --force")
-    return same_result(path, old, head)
-
-
-def same_result(path, old, head):
-    for part in ("settings", "inputs"):
-        for key in old[part].keys() | head[part].keys():
-            if old[part].get(key) != head[part].get(key):
-                was, now = old[part].get(key), head[part].get(key)
-                raise InputError(
-                    f"{path} exists, made with {key} = {was}, not {now}; --force replaces it"
-                )
-    print(f"{path} is up to date")
-    return True
-
-
-class Parts:
-    """Finished pieces of a long job, kept until the whole is written, so a killed run resumes.
-
-    The folder's name carries a hash of the settings, and of `cut`, how the job is cut up: pieces
-    of another run are never mixed in.
-    """
-
-    def __init__(self, path, head, cut=None):
-        key = json.dumps([head["settings"], head["inputs"], cut], sort_keys=True)
-        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-        self.folder = Path(path).parent / f".{Path(path).name}.{digest}"
-
-    def path(self, name):
-        return self.folder / f"{name}.pt"
-
-    def has(self, name):
-        return self.path(name).exists()
-
-    def save(self, name, payload):
-        write_atomic(self.path(name), lambda file: torch.save(payload, file))
-
-    def load(self, name):
-        return load_state(self.path(name), "a kept part of this run; delete its folder")
-
-    def remove(self, name):
-        self.path(name).unlink(missing_ok=True)
-
-    def clear(self, others_only=False):
-        """Remove the pieces of the whole, now written, and those of runs given up before."""
-        for folder in self.folder.parent.glob(f"{self.folder.stem}.*"):
-            if not (others_only and folder == self.folder):
-                shutil.rmtree(folder, ignore_errors=True)  # another process may be at it too
-
-
-def download(url, name, sha256_prefix=""):
-    """Fetch a public file into the cache ($XDG_CACHE_HOME/tq-dit), resuming a partial download."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tq-dit"
-    target, partial = cache / name, cache / (name + ".part")
-    if target.exists():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / (name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait for it
-        if target.exists():
-            return target
-        try:
-            _download_to(partial, url, name)
-        except OSError as error:
-            raise InputError(f"cannot download {url}: {error}; run again to resume") from error
-        if not sha256_of(partial).startswith(sha256_prefix):
-            partial.unlink()
-            raise InputError(f"{url}: wrong sha256, download discarded; run again")
-        os.replace(partial, target)
-    return target
-
-
-def _download_to(partial, url, name):
-    have = partial.stat().st_size - 1 if partial.exists() else 0  # one byte again: never none
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have > 0 else {})
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        if reply.status != 206:  # the whole file is coming
-            have = 0
-        total = have + int(reply.headers.get("Content-Length", 0))
-        bar = tqdm(desc=name, initial=have, total=total or None, unit="B", unit_scale=True)
-        with open(partial, "r+b" if have else "wb") as file, bar:
-            file.seek(have)
-            while chunk := reply.read(1 << 20):
-                file.write(chunk)
-                bar.update(len(chunk))
-        if total and bar.n < total:
-            raise OSError(f"connection closed after {bar.n} of {total} bytes")
-
-
-# ------------------------------------------------------------------------------------------------
-# Loading a DiT
-
-DIT_URL = "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-{0}x{0}.pt"
-HEADS = {spec["hidden_size"]: spec["num_heads"] for spec in DiT_models.values()}
-
-
-def read_config(state, num_heads=None):
-    """The DiT constructor's keywords, read off a checkpoint's shapes.
-
-    Only the number of heads leaves no trace; known widths know theirs, others need `num_heads`.
-    """
-    try:
-        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        tokens = state["pos_embed"].shape[1]
-        outputs = state["final_layer.linear.weight"].shape[0] // patch**2
-        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-        classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"not a DiT checkpoint: it has no usable {error}") from error
-    heads = HEADS.get(width) if num_heads is None else num_heads
-    if heads is None:
-        raise InputError(f"width {width} is none of the known DiTs: give --num-heads")
-    if heads < 1 or width % heads:
-        raise InputError(f"--num-heads {heads} does not divide the width {width}")
-    return dict(
-        input_size=math.isqrt(tokens) * patch,
-        patch_size=patch,
-        in_channels=channels,
-        hidden_size=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=hidden / width,
-        num_classes=classes,
-        learn_sigma=outputs == 2 * channels,
-    )
-
-
-def build_dit(config, state, source):
-    """A DiT in eval mode with these weights; InputError names the first thing that does not fit."""
-    with torch.device("meta"):
-        model = DiT(**config)
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except (RuntimeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise InputError(f"{source} does not fit this DiT: {reason}") from error
-    return model.float().eval().requires_grad_(False)
-
-
-def load_dit(ckpt, num_heads=None):
-    """(model, config) of a checkpoint, plain or with an `ema` entry as DiT's train.py saves it."""
-    state = load_state(ckpt, "a DiT checkpoint", [argparse.Namespace])  # train.py saves one
-    state = state.get("ema", state) if isinstance(state, dict) else state
-    config = read_config(state, num_heads)
-    return build_dit(config, state, ckpt), config
-
-
-def check_labels(y, num_classes, what):
-    """Labels must be 0..num_classes - 1; `num_classes` itself is the null label."""
-    if y.numel() and (y.min() < 0 or y.max() >= num_classes):
-        bad = y.min() if y.min() < 0 else y.max()
-        raise InputError(f"{what}: label {int(bad)} is outside 0..{num_classes - 1}")
-
-
-def load_calib(run):
-    """RUN/calib.pt, checked: finite, timesteps and labels in range; and its own sha256."""
-    path = Path(run) / "calib.pt"
-    calib = load_artifact(path, "calib", "01_collect_calib.py") | dict(sha256=sha256_of(path))
-    settings = calib["settings"]
-    for part in ("calibration", "validation"):
-        rows = calib.get(part, {})
-        if not {"x", "x_0", "t", "y", "group"} <= rows.keys():
-            raise InputError(f"{path} is damaged: parts are missing; run 01 --force")
-        if not all(torch.isfinite(rows[key]).all() for key in ("x", "x_0")):
-            raise InputError(f"{path}: NaN or infinity in its {part} rows; run 01 --force")
-        check_labels(rows["y"], settings["config"]["num_classes"] + 1, f"{path} {part}")
-        check_labels(rows["t"], settings["steps"], f"{path} {part} timesteps")
-    return calib
-
-
-def load_calibrated(calib):
-    """The full-precision DiT that `calib` was collected from, and no other."""
-    ckpt, want = calib["settings"]["ckpt"], calib["inputs"]["checkpoint"]
-    if not Path(ckpt).is_file():
-        raise InputError(f"{ckpt}: no such file, yet calib.pt was collected from it")
-    if sha256_of(ckpt) != want:
-        raise InputError(
-            f"calib.pt was collected from a checkpoint with sha256 {want[:12]}; {ckpt} is now "
-            f"{sha256_of(ckpt)[:12]}: run 01_collect_calib.py --force"
-        )
-    return load_dit(ckpt, calib["settings"]["config"]["num_heads"])[0]
-
-
-# ------------------------------------------------------------------------------------------------
-# Units: the pieces of the network that Phases 2 and 3 take one at a time
-
-
-def units(model):
-    """Name -> prefix of its parameters: the embedder, every block, and the final layer.
-
-    Everything inside a unit follows from its inputs and the gradient at its outputs.
-    """
-    blocks = {f"block_{i:02d}": f"blocks.{i}." for i in range(len(model.blocks))}
-    return {"embed": ""} | blocks | {"final": "final_layer."}
-
-
-@contextmanager
-def unit_on(model, name, device):
-    """The unit as a function, on `device` meanwhile and on the host before and after.
-
-    The embedder maps (x, t, y) to (tokens, c), every other unit (tokens, c) to (tokens,).
-    """
-    prefix = units(model)[name]
-    module = model.get_submodule(prefix.rstrip(".")) if prefix else None
-    parts = [module] if prefix else [model.x_embedder, model.t_embedder, model.y_embedder]
-    for part in parts:
-        part.to(device)
-    model.pos_embed.data = model.pos_embed.data.to(device)
-    try:
-        yield (lambda x, c: (module(x, c),)) if prefix else model.embed
-    finally:
-        model.pos_embed.data = model.pos_embed.data.cpu()
-        for part in parts:
-            part.cpu()
-
-
-def in_batches(function, columns, args):
-    """function(*batch) over batches of the rows of these columns, each on the device for its own
-    time; what it returns, a list of tensors, joined on the host."""
-    batches = zip(*(column.split(args.batch_size) for column in columns), strict=True)
-    results = ([x.cpu() for x in function(*(x.to(args.device) for x in b))] for b in batches)
-    return [torch.cat(column) for column in zip(*results, strict=True)]
-
-
-@torch.no_grad()
-def next_inputs(model, name, inputs, args):
-    """The inputs (tokens, c) of the unit that follows this one."""
-    with unit_on(model, name, args.device) as function:
-        outputs = in_batches(function, inputs, args)
-    return outputs if name == "embed" else [*outputs, inputs[1]]
-
-
-def on_device(chunks, device):
-    """Chunks, lists of tensors, in turn on the device. On CUDA the next one is copied while one is
-    worked on, into the other of two buffers: a chunk holds until the next is asked for."""
-    if device.type != "cuda":
-        yield from chunks
-        return
-    buffers = [[torch.empty_like(x, device=device) for x in chunks[0]] for _ in range(2)]
-    work, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-
-    def fetch(i):
-        copies.wait_stream(work)  # chunk i - 2, which had this buffer, is done with
-        here = [buffer[: len(x)] for buffer, x in zip(buffers[i % 2], chunks[i], strict=True)]
-        with torch.cuda.stream(copies):
-            for x, source in zip(here, chunks[i], strict=True):
-                x.copy_(source, non_blocking=True)
-        return here
-
-    following = fetch(0)
-    for i in range(len(chunks)):
-        here = following
-        work.wait_stream(copies)
-        following = fetch(i + 1) if i + 1 < len(chunks) else None
-        yield here
-
-
-@contextmanager
-def streamed(model, device):
-    """On CUDA every unit comes to the device for its own forward pass and leaves it again."""
-    own = [model.x_embedder, model.t_embedder, model.y_embedder, *model.blocks, model.final_layer]
-    hosts, handles = {}, []
-
-    def arrive(module, _):
-        for tensor in (*module.parameters(), *module.buffers()):
-            hosts[tensor], tensor.data = tensor.data, tensor.data.to(device)
-
-    def leave(module, *_):
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = hosts.pop(tensor)
-
-    if device.type == "cuda":
-        handles = [part.register_forward_pre_hook(arrive) for part in own]
-        handles += [part.register_forward_hook(leave) for part in own]
-    rest = [x for x in (model.pos_embed, model.group_table) if x is not None]
-    for tensor in rest:
-        tensor.data = tensor.data.to(device)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for tensor in rest:
-            tensor.data = tensor.data.cpu()
-
-
-def explicit_products(model):
-    """Let every attention compute its two products with `qk` and `av`, which hooks can see."""
-    for block in model.blocks:
-        block.attn.fused = False
-    return model

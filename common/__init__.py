@@ -1,0 +1,1 @@
+"""What the numbered scripts stand on: nothing in here is in the paper."""

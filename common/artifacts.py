@@ -1,0 +1,186 @@
+"""The files that pass between the phases: what they say of themselves, and from whom they are taken.
+
+Every file is loaded with `weights_only=True`: a stranger's file runs no code. Every file is written
+beside its place and renamed, so nothing is ever half written.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from common.cli import InputError
+
+FORMAT = 2
+
+
+def sha256_of(path):
+    """The file's sha256 in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _RawFile(io.FileIO):
+    """Remembers why a write failed: what torch raises in its place has no errno."""
+
+    failure = None
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+@contextmanager
+def atomic_write(path):
+    """A binary file to write, in `path`'s folder, which becomes `path` if all goes well.
+
+    InputError if it cannot be written; `path` is then as it was.
+    """
+    path = Path(path)
+    temporary, raw = path.with_name(path.name + ".tmp"), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = _RawFile(temporary, "w")
+        with io.BufferedWriter(raw) as file:
+            yield file
+            file.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        cause = raw.failure if raw is not None and raw.failure else error
+        if not isinstance(cause, OSError):
+            raise
+        advice = "; free some disk space and run again" if cause.errno == errno.ENOSPC else ""
+        raise InputError(f"cannot write {path}: {cause.strerror}{advice}") from error
+
+
+def load_tensors(path, what, allowed=()):
+    """`torch.load` that runs no code: tensors and plain containers, and classes `allowed` only.
+
+    InputError if the file is missing, cut off, or holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {found} ({what})")
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a dozen kinds: of the file, of the zip in it, of the pickle in that
+        broken = isinstance(error, RuntimeError | OSError | EOFError) or not zipfile.is_zipfile(path)
+        fault = "is damaged" if broken else "holds pickled objects, refused"
+        raise InputError(f"{path} {fault} ({what}); make or download it again") from error
+
+
+def git_commit():
+    """The commit of this source tree, `+dirty` if files differ from it; for provenance only."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+dirty"]
+    try:
+        run = subprocess.run([*command, "--abbrev=12"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return run.stdout.strip() or "unknown"
+
+
+def provenance(kind, settings, inputs, device):
+    """What every artifact says of itself. `inputs` maps a name to the sha256 it was made from."""
+    return dict(
+        kind=kind,
+        format=FORMAT,
+        settings=settings,
+        inputs=inputs,
+        torch=str(torch.__version__),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        git=git_commit(),
+    )
+
+
+def load_artifact(path, kind, made_by):
+    """An artifact of the given kind; InputError names both kinds and the command to run."""
+    artifact = load_tensors(path, f"made by {made_by}")
+    found = artifact.get("kind") if isinstance(artifact, dict) else None
+    if found != kind:
+        raise InputError(f"{path} is {found or 'no artifact'}, not {kind}: run {made_by} first")
+    if not {"format", "settings", "inputs"} <= artifact.keys():
+        raise InputError(f"{path} is damaged: parts are missing; run {made_by} again")
+    if artifact["format"] != FORMAT:
+        found = artifact["format"]
+        raise InputError(f"{path} has format {found}, not {FORMAT}: run {made_by} again")
+    return artifact
+
+
+def save_artifact(path, artifact):
+    """Write it, and return the sentence that says so."""
+    with atomic_write(path) as file:
+        torch.save(artifact, file)
+    size = os.path.getsize(path) / 2**20
+    return f"wrote {path}, {size:.2f} MiB, sha256 {sha256_of(path)[:12]}"
+
+
+def is_up_to_date(path, head, force):
+    """True if `path` holds this very result. InputError if it holds another, unless `force`."""
+    if force or not Path(path).exists():
+        return False
+    old = load_artifact(path, head["kind"], "this script with --force")
+    return is_same_result(path, old, head)
+
+
+def is_same_result(path, old, head):
+    """True, saying so, if both have the same settings and inputs; InputError names what differs."""
+    for part in ("settings", "inputs"):
+        for key in old[part].keys() | head[part].keys():
+            was, now = old[part].get(key), head[part].get(key)
+            if was != now:
+                raise InputError(
+                    f"{path} exists, made with {key} = {was}, not {now}; --force replaces it"
+                )
+    print(f"{path} is up to date")
+    return True
+
+
+class Parts:
+    """Finished pieces of a long job, kept until the whole is written, so a killed run resumes.
+
+    The folder's name carries a hash of the settings, and of `cut`, how the job is cut up: pieces
+    of another run are never mixed in.
+    """
+
+    def __init__(self, path, head, cut=None):
+        key = json.dumps([head["settings"], head["inputs"], cut], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+        self.folder = Path(path).parent / f".{Path(path).name}.{digest}"
+
+    def path(self, name):
+        return self.folder / f"{name}.pt"
+
+    def has(self, name):
+        return self.path(name).exists()
+
+    def save(self, name, payload):
+        with atomic_write(self.path(name)) as file:
+            torch.save(payload, file)
+
+    def load(self, name):
+        return load_tensors(self.path(name), "a kept part of this run; delete its folder")
+
+    def remove(self, name):
+        self.path(name).unlink(missing_ok=True)
+
+    def clear(self, others_only=False):
+        """Remove the pieces of the whole, now written, and those of runs given up before."""
+        for folder in self.folder.parent.glob(f"{self.folder.stem}.*"):
+            if not (others_only and folder == self.folder):
+                shutil.rmtree(folder, ignore_errors=True)  # another process may be at it too

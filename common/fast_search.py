@@ -1,0 +1,123 @@
+"""`quant_ops.search`, sooner: the same signature, the same choice.
+
+Candidates that cannot win any more are pruned, and those of linear layers are multiplied as integer
+codes where the device has a unit for that. Chunks are outside and candidates inside, so that a
+chunk stays in cache.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from engine.int_products import has_int_unit, input_codes, int_error, takes_shapes, weight_codes
+from quant_ops import FullPrecision, InputLoss, WeightLoss, hessian_loss
+
+SLACK = 1.1  # of the least loss expected: candidates above are pruned at first
+
+
+class FastSearch:
+    """The searches of one layer, called as `quant_ops.search` is; remembers what loss to expect.
+
+    Losses are sums of squares, so they only grow from chunk to chunk: a candidate that has come to
+    more than another's whole sum cannot win, and need not see the chunks that are left. Candidates
+    are pruned above a bar: SLACK times the loss of the layer's last search or, in its first, the
+    better of two candidates near the usual minimum. Then the least whole sum is the bar, and
+    whoever was pruned below it goes on, until nobody is left.
+    """
+
+    def __init__(self, compile_losses=False):
+        self.expected = {}
+        self.evaluate = _evaluate
+        if compile_losses:
+            self.evaluate = torch.compile(_evaluate, dynamic=True)
+
+    def __call__(self, candidates, data, loss):
+        key = isinstance(loss, WeightLoss), data.group
+        expected = self.expected.get(key)
+        twin = on_integers(loss, candidates, data)
+        total = self.sums(candidates, data, twin, expected)
+        least = total.amin(dim=0)
+        self.expected[key] = least
+        self.expected[False, data.group] = least.sum()
+        return candidates[total.argmin(dim=0)]
+
+    def sums(self, candidates, data, loss, expected):
+        """(C, ...) losses of all candidates over all chunks; of pruned ones, more than the least."""
+        count, total = len(candidates), None
+        seen, left = torch.zeros(count, dtype=torch.long), torch.ones(count, dtype=torch.bool)
+        bar = torch.inf if expected is None else SLACK * expected
+        if expected is None:
+            left &= torch.isin(torch.arange(count), torch.tensor([6, 8]) * count // 10)
+        while left.any():
+            for k, chunk in enumerate(data):
+                now = (left & (seen == k)).nonzero()[:, 0].tolist()
+                if now:
+                    losses = self.losses(candidates, now, chunk, loss)
+                    total = losses.new_zeros(count, *losses.shape[1:]) if total is None else total
+                    total[now] += losses
+                    seen[now] += 1
+                    left &= _not_above(total, bar)
+            whole = seen == k + 1
+            bar = total[whole].amin(dim=0) if whole.any() else torch.inf
+            left = ~whole & _not_above(total, bar)
+        return total
+
+    def losses(self, candidates, now, chunk, loss):
+        """Losses of some candidates on one chunk, in float64; NaN is the worst of all."""
+        shared = loss.prepare(chunk)
+        found = [self.evaluate(loss, chunk, shared, candidates[i]) for i in now]
+        return torch.stack(found).double().nan_to_num_(nan=torch.inf)
+
+
+def _evaluate(loss, chunk, shared, quantizer):
+    return loss(chunk, shared, quantizer)
+
+
+def _not_above(total, bar):
+    """Which candidates are in some element not above the bar, (candidates,) on the host."""
+    return (~(total > bar)).view(len(total), -1).any(dim=1).cpu()
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses of linear layers on integer codes: exact products, and a fast unit for them
+
+
+def on_integers(loss, candidates, data):
+    """The twin of a linear layer's loss on integer codes where it can be had, else the loss."""
+    twins = {WeightLoss: IntWeightLoss, InputLoss: IntInputLoss}
+    if type(loss) not in twins or not has_int_unit(data.device):
+        return loss
+    rows = min(len(chunk.x) for chunk in data.chunks)
+    quantized = not isinstance(getattr(loss, "Q_X", None), FullPrecision)
+    if not quantized or not takes_shapes(rows, loss.weight, data.device):
+        return loss
+    return twins[type(loss)](*loss)
+
+
+class IntWeightLoss(NamedTuple):
+    """`WeightLoss` on codes."""
+
+    weight: torch.Tensor
+    Q_X: torch.nn.Module
+
+    def prepare(self, chunk):
+        return input_codes(self.Q_X, chunk.x, chunk.group)
+
+    def __call__(self, chunk, X_codes, Q_W):
+        delta = int_error(X_codes, weight_codes(Q_W, self.weight), chunk.z)
+        loss = hessian_loss(delta, chunk.grad, dim=0)
+        return loss[:, None] if Q_W.scale.ndim else loss.sum()
+
+
+class IntInputLoss(NamedTuple):
+    """`InputLoss` on codes."""
+
+    weight: torch.Tensor
+    Q_W: torch.nn.Module
+
+    def prepare(self, chunk):
+        return weight_codes(self.Q_W, self.weight)
+
+    def __call__(self, chunk, W_codes, Q_X):
+        delta = int_error(input_codes(Q_X, chunk.x, chunk.group), W_codes, chunk.z)
+        return hessian_loss(delta, chunk.grad)

@@ -1,0 +1,147 @@
+"""The quant file: packed codes <-> a quantized model.
+
+It holds `config`, `state` (the parameters left in full precision), `layers` (the state of every
+quantized layer, by name: k-bit codes, scales and zero points) and `group_table`, the (1000,) time
+group of every timestep. It alone is enough to sample.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.cli import InputError
+from models_dit import Diffusion, DiT
+from quant_ops import (
+    FullPrecision, GeluQuantizer, QuantConv2d, QuantLinear, QuantMatMul, SoftmaxQuantizer,
+    UniformQuantizer, dequantize, group_table, quantize,
+)  # fmt: skip
+
+QUANTIZERS = {
+    "uniform": UniformQuantizer,
+    "softmax": SoftmaxQuantizer,
+    "gelu": GeluQuantizer,
+    "none": FullPrecision,
+}
+
+# ------------------------------------------------------------------------------------------------
+# Bit packing
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Integer codes 0..2^k - 1 of any shape -> uint8 bytes, k bits each, low bit first."""
+    shifts = torch.arange(bits, device=codes.device, dtype=torch.uint8)
+    stream = (codes.to(torch.uint8).flatten()[:, None] >> shifts) & 1
+    stream = F.pad(stream.flatten(), (0, -stream.numel() % 8)).view(-1, 8)
+    weights = 2 ** torch.arange(8, device=codes.device)
+    return (stream * weights).sum(dim=1).to(torch.uint8)
+
+
+def unpack_codes(packed: Tensor, bits: int, shape) -> Tensor:
+    """Inverse of `pack_codes`: uint8 codes of the given shape. ValueError if too short or long."""
+    count = torch.Size(shape).numel()
+    if packed.numel() != (count * bits + 7) // 8:
+        raise ValueError(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits")
+    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    stream = ((packed[:, None] >> shifts) & 1).flatten()[: count * bits].view(count, bits)
+    weights = 2 ** torch.arange(bits, device=packed.device)
+    return (stream * weights).sum(dim=1).to(torch.uint8).view(shape)
+
+
+# ------------------------------------------------------------------------------------------------
+# States of layers
+
+
+def pack_weight(weight: Tensor, Q_W: UniformQuantizer) -> dict:
+    """The stored form of a weight (O, ...): k-bit codes, scales and zero points, its shape."""
+    codes = quantize(weight.flatten(1), Q_W.scale, Q_W.zero_point, Q_W.bits)
+    return dict(
+        codes=pack_codes(codes, Q_W.bits).cpu(),
+        shape=list(weight.shape),
+        bits=Q_W.bits,
+        scale=Q_W.scale.cpu(),
+        zero_point=Q_W.zero_point.to(torch.uint8).cpu(),
+    )
+
+
+def unpack_weight(state: dict) -> Tensor:
+    """The dequantized weight of `pack_weight`, in float32; ValueError if the state is damaged."""
+    codes = unpack_codes(state["codes"], state["bits"], state["shape"]).float().flatten(1)
+    weight = dequantize(codes, state["scale"], state["zero_point"].float())
+    return weight.view(state["shape"])
+
+
+def quantizer_state(quantizer: nn.Module) -> dict:
+    """A quantizer's type, bits and Delta, on the host."""
+    name = next(k for k, v in QUANTIZERS.items() if type(quantizer) is v)
+    bits = {} if name == "none" else dict(bits=quantizer.bits)
+    return dict(type=name, **bits, **{k: v.cpu() for k, v in quantizer.named_buffers()})
+
+
+def make_quantizer(state: dict) -> nn.Module:
+    """Inverse of `quantizer_state`."""
+    make = QUANTIZERS[state["type"]]
+    return make() if make is FullPrecision else make(state["bits"], *map(state.get, make.names))
+
+
+def linear_state(layer: nn.Module, weight: Tensor, Q_W, Q_X, smooth=None) -> dict:
+    """The state of a convolution or linear layer, of this weight in place of its own."""
+    smooth = {} if smooth is None else dict(smooth=smooth.cpu())
+    kind = "conv" if isinstance(layer, nn.Conv2d) else "linear"
+    packed, bias = pack_weight(weight.view(layer.weight.shape), Q_W), layer.bias.detach().cpu()
+    return dict(type=kind, weight=packed, bias=bias, act=quantizer_state(Q_X), **smooth)
+
+
+def matmul_state(Q_A, Q_B) -> dict:
+    """The state of a product of two activations."""
+    return dict(type="matmul", a=quantizer_state(Q_A), b=quantizer_state(Q_B))
+
+
+def make_layer(state: dict) -> nn.Module:
+    """The quantized layer of a state. Weights are dequantized once, here."""
+    if state["type"] == "matmul":
+        return QuantMatMul(make_quantizer(state["a"]), make_quantizer(state["b"]))
+    parts = unpack_weight(state["weight"]), state["bias"], make_quantizer(state["act"])
+    if state["type"] == "conv":
+        return QuantConv2d(*parts)
+    return QuantLinear(*parts, state.get("smooth"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Models
+
+
+def quantized_parts(model, config, layers, num_timesteps, num_groups) -> dict:
+    """What a quant file holds of a model whose layers have these states, by name."""
+    state = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in layers}
+    table = group_table(Diffusion(num_timesteps).timestep_map, num_groups)
+    return dict(config=config, state=state, layers=layers, group_table=table)
+
+
+def build_quantized(artifact: dict, source) -> nn.Module:
+    """The quantized DiT of a quant file. InputError if its parts do not make up the whole model."""
+    try:
+        with torch.device("meta"):
+            model = DiT(**artifact["config"])
+        model.group_table = artifact["group_table"]
+        _, unexpected = model.load_state_dict(artifact["state"], strict=False, assign=True)
+        for name, state in artifact["layers"].items():
+            swap_layer(model, name, make_layer(state))
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{source} is damaged: {reason}; run 03 again") from error
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing or unexpected:
+        raise InputError(f"{source} is damaged: {(missing + unexpected)[0]}; run 03 again")
+    return model.eval().requires_grad_(False)
+
+
+def swap_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a quantized layer in place of the one it stands for; ValueError if it does not fit."""
+    parent, _, child = name.rpartition(".")
+    parent, old = model.get_submodule(parent), model.get_submodule(name)
+    if isinstance(layer, QuantMatMul):
+        parent.fused = False  # the products must be explicit
+    elif layer.weight.shape != old.weight.shape:
+        raise ValueError(f"{name} has shape {tuple(layer.weight.shape)}")
+    setattr(parent, child, layer)

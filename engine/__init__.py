@@ -1,0 +1,1 @@
+"""Real integer products of quantized matrices."""

@@ -1,0 +1,85 @@
+"""Products of quantized matrices on their integer codes: inputs (R, I) by weights (O, I).
+
+A uniform quantizer's values are s * (q - z), so a product of two such matrices is one product of
+int8 codes, plus sums of rows and columns times the zero points, all exact in int32.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, quantize
+
+MAX_INPUTS = 2**15  # I: |every sum below| <= 2^16 I must stay below 2^31
+
+
+class Codes(NamedTuple):
+    """The values scale * (codes - zero_point), held as int8 codes (R, I). `scale` and `zero_point`
+    are (), or a column for one of each row; zero_point is None where it is 0 in all of them."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    row_sum: Tensor  # (R, 1) int32, of the codes
+
+
+def in_int8(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Codes:
+    """Codes -128..127, given as floats. Float sums of so few are exact: they stay below 2^24."""
+    row_sum = codes.sum(dim=1, keepdim=True).int()
+    return Codes(codes.to(torch.int8), scale, zero_point, row_sum)
+
+
+def signed_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Codes:
+    """Eq. (5) in int8: codes and zero point are both shifted by 2^(k-1)."""
+    half = 2 ** (bits - 1)
+    codes = quantize(x, scale, zero_point, bits).sub_(half)
+    return in_int8(codes, scale, (zero_point - half).int())
+
+
+def weight_codes(Q_W: UniformQuantizer, weight: Tensor) -> Codes:
+    """A weight (O, I) as codes."""
+    return signed_codes(weight, Q_W.scale, Q_W.zero_point, Q_W.bits)
+
+
+def input_codes(Q_X: UniformQuantizer | GeluQuantizer, x: Tensor, group: Tensor) -> list[Codes]:
+    """Inputs (R, I) of these time groups (R,) as a sum of codes: one term, or after GELU two (MRQ):
+    below zero with s_1 and above it with s_2, each 0 in the other's region."""
+    if isinstance(Q_X, UniformQuantizer):
+        return [signed_codes(x, *Q_X.delta(x, group), Q_X.bits)]
+    scales = Q_X.delta(x, group)
+    regions = gelu_regions(x, *scales, Q_X.bits)
+    return [in_int8(codes, scale, None) for codes, scale in zip(regions, scales, strict=True)]
+
+
+def int_error(terms: list[Codes], weight: Codes, z: Tensor) -> Tensor:
+    """z (R, O) less the product of the inputs, a sum of `terms`, and the weight's transpose.
+
+    # sum (a - z_a) (b - z_b) = sum a b - z_b sum a - z_a (sum b - I z_b)
+    On CUDA `_int_mm` needs R > 16 and I, O that 8 divides.
+    """
+    zero_b = weight.zero_point.view(1, -1)
+    sum_b = weight.row_sum.view(1, -1) - weight.codes.shape[1] * zero_b  # (1, O)
+    for a in terms:
+        product = torch._int_mm(a.codes, weight.codes.T)
+        product.addcmul_(a.row_sum, zero_b, value=-1)
+        if a.zero_point is not None:
+            product.addcmul_(a.zero_point, sum_b, value=-1)
+        z = torch.addcmul(z, product, a.scale * weight.scale.view(1, -1), value=-1)
+    return z
+
+
+def has_int_unit(device: torch.device) -> bool:
+    """Whether int8 products run on a unit of their own: on GPUs since Turing, and on a CPU with
+    AVX-512 VNNI. Other CPUs take plain loops (github.com/pytorch/pytorch/pull/136942); an older
+    torch cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 5)
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_vnni", False)
+
+
+def takes_shapes(rows: int, weight: Tensor, device: torch.device) -> bool:
+    """Whether `int_error` can take inputs of so many rows and this weight (O, I), and is exact."""
+    if weight.shape[1] >= MAX_INPUTS:
+        return False
+    return device.type != "cuda" or rows > 16 and not any(n % 8 for n in weight.shape)
