@@ -66,7 +66,7 @@ def draw_labels(rng, count, num_classes):
 
 
 def draw_tuples(rng, T, G, n, trajectories, labels, null_label=None):
-    """Alg. 1 lines 6-8: which n distinct (trajectory, t) of every time group are kept, Eq. (9)-(10).
+    """Alg. 1 lines 6-8: which n distinct (trajectory, t) of every time group to keep, Eq. (9)-(10).
 
     Returns a dict of (n G,) tensors: trajectory, t, group, y. Given a null label, every second
     tuple carries it, because guided sampling asks the network under both (D3).

@@ -100,7 +100,8 @@ def backward_pass(model, folder, parts, head, batch_size, device):
 
 def main(args):  # Alg. 1 line 9
     at_least_one(args, "batch_size")
-    calib, folder, batches = load_calib(args.run), args.run / "grads", (args.batch_size, args.device)
+    calib, folder = load_calib(args.run), args.run / "grads"
+    batches = args.batch_size, args.device
     head = provenance("grads", {"eps": args.eps}, {"calib": calib["sha256"]}, args.device)
     last = folder / "embed.pt"  # written last: its presence says that all are there
     parts = Parts(folder, head)

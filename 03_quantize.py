@@ -6,11 +6,10 @@ inputs and targets of each are full-precision ones. Ends with the quantized mode
 ratio of eps on rows it was not fitted to, and the layers that cost most.
 
     python 03_quantize.py --run runs/xl --wbits 8 --abits 8
-    python 03_quantize.py --run runs/xl --wbits 6 --abits 6 --tag base --metric mse --no-mrq --no-tgq
+    python 03_quantize.py --run runs/xl --wbits 6 --abits 6 --no-tgq --tag ho_mrq     # Table III
     torchrun --nproc_per_node=8 -- 03_quantize.py --run runs/xl --wbits 6 --abits 6
 """
 
-import math
 from argparse import BooleanOptionalAction
 from typing import NamedTuple
 
@@ -18,13 +17,13 @@ import torch.nn as nn
 
 from common import quant_file
 from common.cli import (
-    InputError, Parser, at_least_one, check_bits, check_tag, model_name, run_script, whole_number,
+    Parser, at_least_one, check_bits, check_search, check_tag, model_name, run_script, whole_number,
 )  # fmt: skip
-from common.fast_search import FastSearch
-from common.phase3 import Phase3
+from common.fast_search import make_search
+from common.phase3 import Machine, Phase3
 from common.report import linear_cost, matmul_cost
 from quant_ops import (
-    FullPrecision, InputLoss, LossOfA, LossOfB, WeightLoss, gelu_candidates, join_groups, search,
+    FullPrecision, InputLoss, LossOfA, LossOfB, WeightLoss, gelu_candidates, join_groups,
     softmax_candidates, uniform_candidates,
 )  # fmt: skip
 
@@ -57,20 +56,15 @@ def parse_args():
     p.ours.add_argument("--weight-granularity", choices=granularity, default="channel", help="D5")
     p.ours.add_argument("--rows", type=whole_number, help="search on so many rows, spread over t")
     p.ours.add_argument("--tag", default="", help="names the file quant_wXaY_TAG.pt")
-    p.machine.add_argument("--search", choices=("fast", "plain"), default="fast", help="same choice")
-    p.machine.add_argument("--batch-size", type=whole_number, default=8, help="of a unit's passes")
-    limit = "MiB a search may take, weights apart: 512, on a CPU 12"
-    p.machine.add_argument("--memory-limit", type=float, help=limit)
-    p.machine.add_argument("--compile", action="store_true", help="fuse passes; meant for CUDA")
+    p.add_search_flags()
     return p.parse_args()
 
 
 def check(args):
     check_bits(args, "wbits", "abits")
     check_tag(args)
-    at_least_one(args, "rounds", "rows", "batch_size")
-    if args.memory_limit is not None and not 0 < args.memory_limit < math.inf:
-        raise InputError(f"--memory-limit {args.memory_limit}: not above 0, or not finite")
+    at_least_one(args, "rounds", "rows")
+    check_search(args)
 
 
 def weight_range(weight, granularity):
@@ -79,23 +73,27 @@ def weight_range(weight, granularity):
     return (low, high) if granularity == "channel" else (low.amin(), high.amax())
 
 
-def quantize_linear(layer, data, cfg, search):  # line 15: l is a CNN or linear layer
-    """Alg. 1 lines 15-22 for a `Layer`: its state, and its cost by Eq. (16)."""
-    W, post_gelu = layer.module.weight.detach().flatten(1), layer.spec.follows == "gelu"
+def input_candidates(layer, data, cfg):
+    """Line 16 for Delta_X: Q_X at min-max (D15), and its candidates: None where it stays in full
+    precision, for MRQ those of s_1 and of s_2 around a quantizer."""
+    if layer.spec.reads_image and cfg.layers == "released":
+        return FullPrecision(), None  # D6: of the patch embedding only the weight
+    candidates = gelu_candidates if layer.spec.post_gelu and cfg.mrq else uniform_candidates
+    return candidates(*data.range("x"), cfg.abits)
+
+
+def quantize_linear(layer, data, cfg, search):  # line 15: l is a CNN or linear layer, z = X W^T
+    """Alg. 1 lines 15-22: the layer's state, and its cost by Eq. (16)."""
+    W = layer.module.weight.detach().flatten(1)
     fit = data if cfg.metric == "hessian" else data.unweighted()  # D11: G^(l) = 1
-    # line 16: candidates for Delta_W and Delta_X; both start at min-max (D15)
-    Q_W, weights = uniform_candidates(*weight_range(W, cfg.weight_granularity), cfg.wbits)
-    if cfg.layers == "released" and isinstance(layer.module, nn.Conv2d):
-        Q_X = FullPrecision()  # D6: of the patch embedding only the weight
-    elif post_gelu and cfg.mrq:
-        Q_X, inputs = gelu_candidates(*data.range("x"), cfg.abits)
-    else:
-        Q_X, inputs = uniform_candidates(*data.range("x"), cfg.abits)
+    ends = weight_range(W, cfg.weight_granularity)
+    Q_W, weights = uniform_candidates(*ends, cfg.wbits)  # line 16; at min-max first (D15)
+    Q_X, inputs = input_candidates(layer, data, cfg)  # line 16
     for _ in range(cfg.rounds):  # line 17: r = 1, ..., R
         Q_W = search(weights, fit, WeightLoss(W, Q_X))  # line 18, Eq. (16)
-        if isinstance(Q_X, FullPrecision):
+        if inputs is None:
             break  # nothing to alternate with
-        if post_gelu and cfg.mrq:  # line 19: l is the post-GELU layer
+        if layer.spec.post_gelu and cfg.mrq:  # line 19: l is the post-GELU layer
             for around in inputs:  # line 20: s_1, then s_2, MRQ with HO
                 Q_X = search(around(Q_X), fit, InputLoss(W, Q_W))
         else:
@@ -104,31 +102,29 @@ def quantize_linear(layer, data, cfg, search):  # line 15: l is a CNN or linear 
     return dict(state=state, cost=linear_cost(data, Q_W(W), Q_X))
 
 
+def candidates_of_A(layer, rows, cfg):
+    """Line 24 for Delta_A, on these rows."""
+    if layer.spec.post_softmax and cfg.mrq:
+        return softmax_candidates(cfg.abits, rows.device)[1]
+    return uniform_candidates(*rows.range("a"), cfg.abits)[1]
+
+
 def quantize_matmul(layer, data, cfg, search):  # line 23: l is a matrix multiplication, z = A B
-    """Alg. 1 lines 23-33 for a `Layer`: its state, and its cost by Eq. (16)."""
-    post_softmax = layer.spec.follows == "softmax"
+    """Alg. 1 lines 23-33: the layer's state, and its cost by Eq. (16)."""
     fit = data if cfg.metric == "hessian" else data.unweighted()  # D11: G^(l) = 1
-
-    def candidates_of_A(rows):  # line 24
-        if post_softmax and cfg.mrq:
-            return softmax_candidates(cfg.abits, data.device)
-        return uniform_candidates(*rows.range("a"), cfg.abits)
-
-    Q_B, candidates_B = uniform_candidates(*data.range("b"), cfg.abits)  # line 24
-    if post_softmax and cfg.tgq:
-        groups = [fit.of_group(i) for i in range(data.num_groups)]
-        candidates_A = [candidates_of_A(rows)[1] for rows in groups]
-    else:
-        candidates_A = candidates_of_A(data)[1]
+    by_group = layer.spec.post_softmax and cfg.tgq
+    groups = [fit.of_group(i) for i in range(data.num_groups)] if by_group else [fit]
+    A = [candidates_of_A(layer, rows, cfg) for rows in groups]  # line 24
+    Q_B, B = uniform_candidates(*data.range("b"), cfg.abits)  # line 24; at min-max first (D15)
     for _ in range(cfg.rounds):  # line 25: r = 1, ..., R
-        if post_softmax and cfg.tgq:  # line 28: l is the post-softmax layer
-            Q_A = join_groups([
-                search(candidates_A[i], groups[i], LossOfA(Q_B))  # line 30, Eq. (17), MRQ with HO
-                for i in range(data.num_groups)  # line 29: for each group G_i
-            ])
+        if by_group:  # line 28: l is the post-softmax layer
+            Q_A_of = []
+            for i in range(data.num_groups):  # line 29: for each group G_i
+                Q_A_of.append(search(A[i], groups[i], LossOfA(Q_B)))  # line 30, Eq. (17), MRQ, HO
+            Q_A = join_groups(Q_A_of)
         else:
-            Q_A = search(candidates_A, fit, LossOfA(Q_B))  # line 32, HO
-        Q_B = search(candidates_B, fit, LossOfB(Q_A))  # line 33, HO
+            Q_A = search(A[0], fit, LossOfA(Q_B))  # line 32, HO
+        Q_B = search(B, fit, LossOfB(Q_A))  # line 33, HO
     state = quant_file.matmul_state(Q_A, Q_B)
     return dict(state=state, cost=matmul_cost(data, Q_A, Q_B))
 
@@ -143,15 +139,15 @@ def quantize_layer(layer, data, cfg, search):
 def main(args):  # Alg. 1 line 13
     check(args)
     cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
-    phase3 = Phase3(args.run, model_name(args), "tqdit", cfg._asdict(), cfg.rows, machine=args)
+    machine = Machine(args.device, args.batch_size, args.memory_limit, args.force)
+    phase3 = Phase3(args.run, model_name(args), "tqdit", cfg._asdict(), machine)
     if phase3.is_done():
         return
     for unit in phase3.units():
         done = {}
-        for layer in phase3.layers(unit, lambda spec: not spec.conditioning or cfg.layers == "all"):
-            # line 14: for l = 1, ..., L; each layer has searches of its own
-            search_l = search if args.search == "plain" else FastSearch(args.compile)
-            done[layer.name] = quantize_layer(layer, phase3.data(layer), cfg, search_l)
+        for layer in phase3.layers(unit, cfg.layers == "all"):  # line 14: for l = 1, ..., L (D6)
+            search = make_search(args.search, args.compile)  # quant_ops.search, or a sooner one
+            done[layer.name] = quantize_layer(layer, phase3.data(layer), cfg, search)
         phase3.save(unit, done)
     flags = f"--wbits {cfg.wbits} --abits {cfg.abits}" + (f" --tag {cfg.tag}" if cfg.tag else "")
     phase3.finish(flags)

@@ -245,22 +245,24 @@ def explicit_products(model):
 
 
 class LayerSpec(NamedTuple):
-    """One layer of every embedder ("embed"), block or final layer; `name` within that unit."""
+    """A layer of the embedder, of every block or of the final layer; `name` within that unit."""
 
-    unit: str
+    unit: str  # "embed", "block" or "final"
     name: str
-    follows: str = ""  # the nonlinearity its first input comes out of, where quantizing minds it
-    conditioning: bool = False  # works on t and y, not on tokens; (N, D) inputs, no time group
+    post_softmax: bool = False  # its first input comes out of a softmax
+    post_gelu: bool = False
+    reads_image: bool = False  # its input is x_t itself
+    conditioning: bool = False  # it works on t and y, (N, D), not on tokens; knows no time group
 
 
 LAYERS = (
-    LayerSpec("embed", "x_embedder.proj"),  # the convolution
+    LayerSpec("embed", "x_embedder.proj", reads_image=True),  # the convolution
     LayerSpec("block", "attn.qkv"),
     LayerSpec("block", "attn.qk"),  # q k^T, a product of two activations
-    LayerSpec("block", "attn.av", follows="softmax"),  # softmax(q k^T) v
+    LayerSpec("block", "attn.av", post_softmax=True),  # softmax(q k^T) v
     LayerSpec("block", "attn.proj"),
     LayerSpec("block", "mlp.fc1"),
-    LayerSpec("block", "mlp.fc2", follows="gelu"),
+    LayerSpec("block", "mlp.fc2", post_gelu=True),
     LayerSpec("final", "linear"),
     LayerSpec("embed", "t_embedder.mlp.0", conditioning=True),
     LayerSpec("embed", "t_embedder.mlp.2", conditioning=True),
@@ -274,9 +276,7 @@ LAYERS = (
 
 WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 DiT_models = {
-    f"DiT-{size}/{patch}": dict(
-        hidden_size=width, depth=depth, num_heads=heads, patch_size=patch
-    )
+    f"DiT-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
     for size, (width, depth, heads) in WIDTHS.items()
     for patch in (2, 4, 8)
 }

@@ -103,16 +103,6 @@ def time_group(t: Tensor | int, num_timesteps: int, num_groups: int) -> Tensor |
     return t * num_groups // num_timesteps
 
 
-def group_table(timestep_map: Tensor, num_groups: int) -> Tensor:
-    """(1000,) group of every timestep the network can be told, for sampling at these T timesteps.
-
-    A timestep that this sampler skips belongs with the last visited one below it.
-    """
-    T = len(timestep_map)
-    visited = torch.searchsorted(timestep_map, torch.arange(1000), right=True) - 1
-    return time_group(visited.clamp(0, T - 1), T, num_groups)
-
-
 # ------------------------------------------------------------------------------------------------
 # Quantizers: Delta in buffers, one type for each kind of range
 
@@ -121,6 +111,7 @@ class Quantizer(nn.Module):
     """A bit width k, and Delta as buffers of these `names`: () each or, with time groups, (G,)."""
 
     names: tuple[str, ...]
+    on_grid: Callable  # (x, *Delta, bits) -> x on the grid
 
     def __init__(self, bits: int, *values: Tensor):
         super().__init__()
@@ -135,37 +126,27 @@ class Quantizer(nn.Module):
             return values
         return [value[group].view(-1, *[1] * (x.ndim - 1)) for value in values]
 
-
-def _wide(x):
-    """x in float32 at least: rounding in half precision would misplace codes."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    def forward(self, x, group=None):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision would misplace codes
+        return self.on_grid(x, *self.delta(x, group), self.bits)
 
 
 class UniformQuantizer(Quantizer):
     """Eq. (5). Of a weight, Delta may be (O, 1): its own for each output channel (D5)."""
 
-    names = ("scale", "zero_point")
-
-    def forward(self, x, group=None):
-        return fake_quant(_wide(x), *self.delta(x, group), self.bits)
+    names, on_grid = ("scale", "zero_point"), staticmethod(fake_quant)
 
 
 class SoftmaxQuantizer(Quantizer):
     """MRQ of softmax outputs."""
 
-    names = ("scale1",)
-
-    def forward(self, x, group=None):
-        return mrq_softmax(_wide(x), *self.delta(x, group), self.bits)
+    names, on_grid = ("scale1",), staticmethod(mrq_softmax)
 
 
 class GeluQuantizer(Quantizer):
     """MRQ of GELU outputs."""
 
-    names = ("scale1", "scale2")
-
-    def forward(self, x, group=None):
-        return mrq_gelu(_wide(x), *self.delta(x, group), self.bits)
+    names, on_grid = ("scale1", "scale2"), staticmethod(mrq_gelu)
 
 
 class FullPrecision(nn.Module):
@@ -213,38 +194,32 @@ def softmax_grid(bits: int, count: int = 20) -> Tensor:
 def uniform_candidates(low: Tensor, high: Tensor, bits: int) -> tuple[Quantizer, Candidates]:
     """The min-max quantizer of Eq. (5), and candidates with alpha times its scale (D7); the zero
     point stays (D15)."""
-    scale, zero_point = qparams_from_range(low, high, bits)
-
-    def make(alpha):
-        return UniformQuantizer(bits, alpha * scale, zero_point)
-
-    return UniformQuantizer(bits, scale, zero_point), Candidates(make, scale_grid().to(scale))
+    s, z = qparams_from_range(low, high, bits)
+    candidates = Candidates(lambda a: UniformQuantizer(bits, a * s, z), scale_grid().to(s))
+    return UniformQuantizer(bits, s, z), candidates
 
 
 def softmax_candidates(bits: int, device: torch.device) -> tuple[Quantizer, Candidates]:
     """MRQ after softmax: the quantizer with the largest s_1, and one for each of `softmax_grid`."""
     grid = softmax_grid(bits).to(device)
-
-    def make(scale1):
-        return SoftmaxQuantizer(bits, scale1)
-
-    return make(grid[0]), Candidates(make, grid)
+    candidates = Candidates(lambda s_1: SoftmaxQuantizer(bits, s_1), grid)
+    return candidates[0], candidates
 
 
 def gelu_candidates(low: Tensor, high: Tensor, bits: int) -> tuple[Quantizer, list[Callable]]:
     """MRQ after GELU: the min-max quantizer, and two functions of a quantizer: candidates around it
-    with alpha times the min-max s_1, then s_2 (D9). The range's ends are () or (G,)."""
-    scale1 = -low.clamp(max=-1e-6) / 2 ** (bits - 1)
-    scale2 = high.clamp(min=1e-6) / (2 ** (bits - 1) - 1)
-    grid = scale_grid().to(scale1)
+    with alpha times the min-max s_1, then s_2 (D9)."""
+    s_1 = -low.clamp(max=-1e-6) / 2 ** (bits - 1)
+    s_2 = high.clamp(min=1e-6) / (2 ** (bits - 1) - 1)
+    grid = scale_grid().to(s_1)
 
-    def of_scale1(Q_X):
-        return Candidates(lambda alpha: GeluQuantizer(bits, alpha * scale1, Q_X.scale2), grid)
+    def of_s_1(Q):
+        return Candidates(lambda a: GeluQuantizer(bits, a * s_1, Q.scale2), grid)
 
-    def of_scale2(Q_X):
-        return Candidates(lambda alpha: GeluQuantizer(bits, Q_X.scale1, alpha * scale2), grid)
+    def of_s_2(Q):
+        return Candidates(lambda a: GeluQuantizer(bits, Q.scale1, a * s_2), grid)
 
-    return GeluQuantizer(bits, scale1, scale2), [of_scale1, of_scale2]
+    return GeluQuantizer(bits, s_1, s_2), [of_s_1, of_s_2]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -345,25 +320,7 @@ def without_gradient(row_max: Tensor, channel_max: Tensor, group: Tensor) -> tup
 
 
 class QuantLinear(nn.Module):
-    """A linear layer with a quantized weight (O, I), on inputs that `act` quantizes.
-
-    `smooth` is None or (I,): what inputs are divided by, and the weight was multiplied by.
-    """
-
-    def __init__(self, weight, bias, act, smooth=None):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.register_buffer("smooth", smooth)
-        self.act = act
-
-    def forward(self, x, group=None):
-        x = x if self.smooth is None else x / self.smooth
-        return F.linear(self.act(x, group), self.weight, self.bias)
-
-
-class QuantConv2d(nn.Module):
-    """The patch embedding: a convolution whose stride is its kernel size; weight (O, C, p, p)."""
+    """A linear layer with a quantized weight (O, I), on inputs that `act` quantizes."""
 
     def __init__(self, weight, bias, act):
         super().__init__()
@@ -371,7 +328,14 @@ class QuantConv2d(nn.Module):
         self.register_buffer("bias", bias)
         self.act = act
 
-    def forward(self, x):
+    def forward(self, x, group=None):
+        return F.linear(self.act(x, group), self.weight, self.bias)
+
+
+class QuantConv2d(QuantLinear):
+    """The patch embedding: a convolution whose stride is its kernel size; weight (O, C, p, p)."""
+
+    def forward(self, x, group=None):
         return F.conv2d(self.act(x), self.weight, self.bias, stride=self.weight.shape[2:])
 
 

@@ -1,4 +1,4 @@
-"""The files that pass between the phases: what they say of themselves, and from whom they are taken.
+"""The files that pass between the phases: what they say of themselves, which of them are accepted.
 
 Every file is loaded with `weights_only=True`: a stranger's file runs no code. Every file is written
 beside its place and renamed, so nothing is ever half written.
@@ -79,9 +79,10 @@ def load_tensors(path, what, allowed=()):
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a dozen kinds: of the file, of the zip in it, of the pickle in that
-        broken = isinstance(error, RuntimeError | OSError | EOFError) or not zipfile.is_zipfile(path)
-        fault = "is damaged" if broken else "holds pickled objects, refused"
+    except Exception as error:  # a dozen kinds: of the file, of its zip, of the pickle in that
+        broken = isinstance(error, RuntimeError | OSError | EOFError)
+        refused = zipfile.is_zipfile(path) and not broken
+        fault = "holds pickled objects, refused" if refused else "is damaged"
         raise InputError(f"{path} {fault} ({what}); make or download it again") from error
 
 

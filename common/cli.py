@@ -1,6 +1,7 @@
 """The command line of every script: flags, devices, and how a script fails."""
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -36,6 +37,14 @@ class Parser(argparse.ArgumentParser):
         self.machine.add_argument("--device", default=default, help="cpu, cuda or cuda:N")
         self.machine.add_argument("--force", action="store_true", help="replace what is there")
         self.machine.add_argument("--traceback", action="store_true", help="show where it failed")
+
+    def add_search_flags(self):
+        """The machine flags of every Phase 3."""
+        add, limit = self.machine.add_argument, "MiB a search may take, weights apart: 512, CPU 12"
+        add("--search", choices=("fast", "plain"), default="fast", help="the same choice")
+        add("--batch-size", type=whole_number, default=8, help="rows of a unit's own passes")
+        add("--memory-limit", type=float, help=limit)
+        add("--compile", action="store_true", help="fuse passes; meant for CUDA")
 
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
@@ -119,6 +128,13 @@ def check_bits(args, *flags):
             raise InputError(f"{name} is required: a bit width of 2..8")
         if not 2 <= bits <= 8:
             raise InputError(f"{name} {bits}: must be 2..8")
+
+
+def check_search(args):
+    """InputError unless the flags of `Parser.add_search_flags` make sense."""
+    at_least_one(args, "batch_size")
+    if args.memory_limit is not None and not 0 < args.memory_limit < math.inf:
+        raise InputError(f"--memory-limit {args.memory_limit}: not above 0, or not finite")
 
 
 def check_tag(args):

@@ -5,12 +5,13 @@ codes where the device has a unit for that. Chunks are outside and candidates in
 chunk stays in cache.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from engine.int_products import has_int_unit, input_codes, int_error, takes_shapes, weight_codes
-from quant_ops import FullPrecision, InputLoss, WeightLoss, hessian_loss
+from quant_ops import FullPrecision, InputLoss, WeightLoss, hessian_loss, search
 
 SLACK = 1.1  # of the least loss expected: candidates above are pruned at first
 
@@ -27,14 +28,12 @@ class FastSearch:
 
     def __init__(self, compile_losses=False):
         self.expected = {}
-        self.evaluate = _evaluate
-        if compile_losses:
-            self.evaluate = torch.compile(_evaluate, dynamic=True)
+        self.evaluate = _compiled() if compile_losses else _evaluate
 
     def __call__(self, candidates, data, loss):
         key = isinstance(loss, WeightLoss), data.group
         expected = self.expected.get(key)
-        twin = on_integers(loss, candidates, data)
+        twin = on_integers(loss, data)
         total = self.sums(candidates, data, twin, expected)
         least = total.amin(dim=0)
         self.expected[key] = least
@@ -42,7 +41,7 @@ class FastSearch:
         return candidates[total.argmin(dim=0)]
 
     def sums(self, candidates, data, loss, expected):
-        """(C, ...) losses of all candidates over all chunks; of pruned ones, more than the least."""
+        """(C, ...) losses of candidates over all chunks; of pruned ones so far, above the least."""
         count, total = len(candidates), None
         seen, left = torch.zeros(count, dtype=torch.long), torch.ones(count, dtype=torch.bool)
         bar = torch.inf if expected is None else SLACK * expected
@@ -69,8 +68,19 @@ class FastSearch:
         return torch.stack(found).double().nan_to_num_(nan=torch.inf)
 
 
+def make_search(name, compile_losses):
+    """The search of one layer that --search names: `plain`, the definition, or `fast`."""
+    return search if name == "plain" else FastSearch(compile_losses)
+
+
 def _evaluate(loss, chunk, shared, quantizer):
     return loss(chunk, shared, quantizer)
+
+
+@cache
+def _compiled():
+    """`_evaluate`, compiled once for all layers: few passes over memory instead of many."""
+    return torch.compile(_evaluate, dynamic=True)
 
 
 def _not_above(total, bar):
@@ -82,7 +92,7 @@ def _not_above(total, bar):
 # Losses of linear layers on integer codes: exact products, and a fast unit for them
 
 
-def on_integers(loss, candidates, data):
+def on_integers(loss, data):
     """The twin of a linear layer's loss on integer codes where it can be had, else the loss."""
     twins = {WeightLoss: IntWeightLoss, InputLoss: IntInputLoss}
     if type(loss) not in twins or not has_int_unit(data.device):

@@ -177,8 +177,9 @@ def fall_back(chunks, groups, channel, device):
     alive = (~dead_row).sum() * (~dead_channel).sum() * (size[0].numel() // dead_channel.numel())
     rms = (energy[~dead_row].sum() / alive).sqrt() if alive else torch.ones(())
     rows = dead_row.view(-1, *[1] * (size.ndim - 1)).split([len(grad) for grad, *_ in chunks])
-    note = f"no gradient in {int(dead_group.sum())} of {len(dead_group)} time groups, "
-    note += f"{int(dead_channel.sum())} of {dead_channel.numel()} output channels: MSE there (D2)"
+    counts = (dead_group, "time groups"), (dead_channel, "output channels")
+    where = [f"{int(x.sum())} of {x.numel()} {what}" for x, what in counts if x.any()]
+    note = f"no gradient in {' and '.join(where)}: plain MSE there (D2)"
     patched = [
         [torch.where(dead | dead_channel, rms.to(grad.dtype), grad), *rest]
         for dead, (grad, *rest) in zip(rows, chunks, strict=True)

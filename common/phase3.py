@@ -9,9 +9,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common.artifacts import (
-    Parts, is_up_to_date, load_artifact, provenance, save_artifact, sha256_of,
-)  # fmt: skip
+from common import artifacts
 from common.checkpoints import load_calib, load_calibrated
 from common.cli import InputError, print_peak
 from common.distributed import join_process_group
@@ -41,24 +39,36 @@ class Layer(NamedTuple):
     spec: LayerSpec
 
 
-class Phase3:
-    """One run of a method: reads RUN/calib.pt and grads/, writes RUN/quant_MODEL.pt."""
+class Machine(NamedTuple):
+    """Flags that change no result."""
 
-    def __init__(self, run, model_name, method, settings, rows, machine):
-        """`machine` has batch_size, memory_limit, device and force: they change no result."""
-        self.run, self.rows, self.machine = run, rows, machine
+    device: torch.device
+    batch_size: int  # rows of a unit's own passes
+    memory_limit: float | None  # MiB
+    force: bool
+
+
+class Phase3:
+    """One run of a method: reads RUN/calib.pt and grads/, writes RUN/quant_MODEL.pt.
+
+    `settings` decide the result; their `rows` says on how many calibration rows it searches.
+    """
+
+    def __init__(self, run, model_name, method, settings, machine):
+        self.run, self.rows, self.machine = run, settings["rows"], machine
         self.group, self.calib = join_process_group(), load_calib(run)
         settings = settings | load_grads(run, "embed", self.calib)["settings"]  # written last
         settings["sampling"] = {key: self.calib["settings"][key] for key in SAMPLING}
         inputs = {"calib": self.calib["sha256"], **self.calib["inputs"]}
-        inputs["grads"] = sha256_of(run / "grads" / "embed.pt")
-        self.head = provenance("quant", settings, inputs, machine.device) | dict(method=method)
+        inputs["grads"] = artifacts.sha256_of(run / "grads" / "embed.pt")
+        head = artifacts.provenance("quant", settings, inputs, machine.device)
+        self.head = head | dict(method=method)
         self.path = run / f"quant_{model_name}.pt"
-        self.parts = Parts(self.path, self.head)
+        self.parts = artifacts.Parts(self.path, self.head)
 
     def is_done(self):
         """Whether the file is there already, and says so; InputError if it is another's."""
-        done = is_up_to_date(self.path, self.head, self.machine.force)
+        done = artifacts.is_up_to_date(self.path, self.head, self.machine.force)
         if done:
             self.parts.clear()  # a run killed after its last write left them
         else:
@@ -76,11 +86,11 @@ class Phase3:
                 self.unit, self.function = unit, function
                 yield unit.name
 
-    def layers(self, unit, wanted=lambda spec: True):
-        """The `Layer`s of a unit, of those specs that are wanted."""
+    def layers(self, unit, conditioning):
+        """The `Layer`s of a unit, those that work on t and y only if they are wanted too."""
         prefix, kind = units(self.model)[unit], unit.split("_")[0]
         for spec in LAYERS:
-            if spec.unit == kind and wanted(spec):
+            if spec.unit == kind and (conditioning or not spec.conditioning):
                 name = prefix + spec.name
                 yield Layer(name, self.model.get_submodule(name), spec)
 
@@ -121,7 +131,7 @@ class Phase3:
             report = signal_to_noise(*models, self.machine.batch_size, device)
         report["costs"] = {name: layer["cost"] for name, layer in done.items()}
         print_report(report)
-        return save_artifact(self.path, file | dict(report=report))
+        return artifacts.save_artifact(self.path, file | dict(report=report))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -130,7 +140,7 @@ class Phase3:
 
 def load_grads(run, name, calib):
     """What Phase 2 wrote of a unit; InputError if it did so for another calib.pt."""
-    unit = load_artifact(run / "grads" / f"{name}.pt", "grads", "02_grad_cache.py")
+    unit = artifacts.load_artifact(run / "grads" / f"{name}.pt", "grads", "02_grad_cache.py")
     if unit["inputs"]["calib"] != calib["sha256"]:
         raise InputError(f"{run}/grads is of another calib.pt: run 02_grad_cache.py --force")
     return unit

@@ -10,19 +10,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import quant_ops as q
+from common.artifacts import load_artifact
 from common.cli import InputError
-from models_dit import Diffusion, DiT
-from quant_ops import (
-    FullPrecision, GeluQuantizer, QuantConv2d, QuantLinear, QuantMatMul, SoftmaxQuantizer,
-    UniformQuantizer, dequantize, group_table, quantize,
-)  # fmt: skip
+from models_dit import TRAIN_TIMESTEPS, Diffusion, DiT
 
 QUANTIZERS = {
-    "uniform": UniformQuantizer,
-    "softmax": SoftmaxQuantizer,
-    "gelu": GeluQuantizer,
-    "none": FullPrecision,
+    "uniform": q.UniformQuantizer,
+    "softmax": q.SoftmaxQuantizer,
+    "gelu": q.GeluQuantizer,
+    "none": q.FullPrecision,
 }
+LINEAR = {"linear": q.QuantLinear, "conv": q.QuantConv2d}
 
 # ------------------------------------------------------------------------------------------------
 # Bit packing
@@ -52,9 +51,9 @@ def unpack_codes(packed: Tensor, bits: int, shape) -> Tensor:
 # States of layers
 
 
-def pack_weight(weight: Tensor, Q_W: UniformQuantizer) -> dict:
+def pack_weight(weight: Tensor, Q_W: q.UniformQuantizer) -> dict:
     """The stored form of a weight (O, ...): k-bit codes, scales and zero points, its shape."""
-    codes = quantize(weight.flatten(1), Q_W.scale, Q_W.zero_point, Q_W.bits)
+    codes = q.quantize(weight.flatten(1), Q_W.scale, Q_W.zero_point, Q_W.bits)
     return dict(
         codes=pack_codes(codes, Q_W.bits).cpu(),
         shape=list(weight.shape),
@@ -67,7 +66,7 @@ def pack_weight(weight: Tensor, Q_W: UniformQuantizer) -> dict:
 def unpack_weight(state: dict) -> Tensor:
     """The dequantized weight of `pack_weight`, in float32; ValueError if the state is damaged."""
     codes = unpack_codes(state["codes"], state["bits"], state["shape"]).float().flatten(1)
-    weight = dequantize(codes, state["scale"], state["zero_point"].float())
+    weight = q.dequantize(codes, state["scale"], state["zero_point"].float())
     return weight.view(state["shape"])
 
 
@@ -81,7 +80,7 @@ def quantizer_state(quantizer: nn.Module) -> dict:
 def make_quantizer(state: dict) -> nn.Module:
     """Inverse of `quantizer_state`."""
     make = QUANTIZERS[state["type"]]
-    return make() if make is FullPrecision else make(state["bits"], *map(state.get, make.names))
+    return make() if make is q.FullPrecision else make(state["bits"], *map(state.get, make.names))
 
 
 def linear_state(layer: nn.Module, weight: Tensor, Q_W, Q_X, smooth=None) -> dict:
@@ -97,14 +96,26 @@ def matmul_state(Q_A, Q_B) -> dict:
     return dict(type="matmul", a=quantizer_state(Q_A), b=quantizer_state(Q_B))
 
 
+class SmoothedInput(nn.Module):
+    """Inputs divided by factors (I,), which the weight was multiplied by, then quantized."""
+
+    def __init__(self, act, factors):
+        super().__init__()
+        self.register_buffer("factors", factors)
+        self.act = act
+
+    def forward(self, x, group=None):
+        return self.act(x / self.factors, group)
+
+
 def make_layer(state: dict) -> nn.Module:
     """The quantized layer of a state. Weights are dequantized once, here."""
     if state["type"] == "matmul":
-        return QuantMatMul(make_quantizer(state["a"]), make_quantizer(state["b"]))
-    parts = unpack_weight(state["weight"]), state["bias"], make_quantizer(state["act"])
-    if state["type"] == "conv":
-        return QuantConv2d(*parts)
-    return QuantLinear(*parts, state.get("smooth"))
+        return q.QuantMatMul(make_quantizer(state["a"]), make_quantizer(state["b"]))
+    act = make_quantizer(state["act"])
+    if "smooth" in state:
+        act = SmoothedInput(act, state["smooth"])
+    return LINEAR[state["type"]](unpack_weight(state["weight"]), state["bias"], act)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -116,6 +127,21 @@ def quantized_parts(model, config, layers, num_timesteps, num_groups) -> dict:
     state = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in layers}
     table = group_table(Diffusion(num_timesteps).timestep_map, num_groups)
     return dict(config=config, state=state, layers=layers, group_table=table)
+
+
+def group_table(timestep_map: Tensor, num_groups: int) -> Tensor:
+    """(1000,) group of every timestep the network can be told, for sampling at these T timesteps.
+
+    A timestep that this sampler skips belongs with the last visited one below it.
+    """
+    T = len(timestep_map)
+    visited = torch.searchsorted(timestep_map, torch.arange(TRAIN_TIMESTEPS), right=True) - 1
+    return q.time_group(visited.clamp(0, T - 1), T, num_groups)  # Eq. (9)
+
+
+def load_quant(path) -> dict:
+    """A quant file, of any method."""
+    return load_artifact(path, "quant", "03_quantize.py")
 
 
 def build_quantized(artifact: dict, source) -> nn.Module:
@@ -140,7 +166,7 @@ def swap_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a quantized layer in place of the one it stands for; ValueError if it does not fit."""
     parent, _, child = name.rpartition(".")
     parent, old = model.get_submodule(parent), model.get_submodule(name)
-    if isinstance(layer, QuantMatMul):
+    if isinstance(layer, q.QuantMatMul):
         parent.fused = False  # the products must be explicit
     elif layer.weight.shape != old.weight.shape:
         raise ValueError(f"{name} has shape {tuple(layer.weight.shape)}")

@@ -1,4 +1,4 @@
-"""What every Phase 3 ends with: how well the quantized model follows, and which layers cost most."""
+"""What every Phase 3 ends with: the error of the quantized model, and of each of its layers."""
 
 import torch
 

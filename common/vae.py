@@ -1,4 +1,4 @@
-"""The SD-VAE decoder: latents (N, 4, h, w) -> images (N, 3, 8h, 8w), under the public files' names."""
+"""The SD-VAE decoder: latents (N, 4, h, w) -> images (N, 3, 8h, 8w), by the public files' names."""
 
 from functools import partial
 from itertools import pairwise

@@ -1,0 +1,51 @@
+"""Files of samples: uint8 images as .npz with labels and provenance, and a grid to look at."""
+
+import json
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.artifacts import atomic_write, is_same_result
+from common.cli import InputError
+from common.vae import VAE_SCALE
+
+
+def to_uint8(x, vae):
+    """(N, C, h, w) samples, decoded if latent -> (N, H, W, C) uint8."""
+    if vae is not None:
+        x = torch.cat([vae(z / VAE_SCALE) for z in x.split(4)])
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+
+
+def samples_up_to_date(path, head, force):
+    """True if `path` holds these very samples; InputError if it holds others, unless `force`."""
+    if force or not path.exists():
+        return False
+    try:
+        with np.load(path, allow_pickle=False) as old:
+            meta = json.loads(str(old["meta"]))
+        return is_same_result(path, meta, head)
+    except (OSError, EOFError, LookupError, TypeError, ValueError, BadZipFile) as error:
+        raise InputError(f"{path} is damaged ({error}); --force replaces it") from error
+
+
+def save_samples(path, **arrays):
+    """Write the arrays, and beside them a .png of the first images."""
+    save_grid(path.with_suffix(".png"), arrays["arr_0"])
+    with atomic_write(path) as file:  # last: it says that all is done
+        np.savez(file, **arrays)
+
+
+def save_grid(path, images, columns=8):
+    """A .png of the first 64 images, row by row."""
+    images = images[: min(64, len(images))]
+    _, height, width, channels = images.shape
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    sheet[: len(images)] = images
+    sheet = sheet.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    sheet = sheet.reshape(rows * height, columns * width, channels).squeeze()
+    with atomic_write(path) as file:
+        Image.fromarray(sheet).save(file, "png")

@@ -1,0 +1,214 @@
+"""TQ-DiT and five ideas beyond the paper; another Phase 3.
+
+In: RUN/calib.pt, RUN/grads/, as 03_quantize.py.  Out: RUN/quant_wXaY_plus.pt, for `04 --tag plus`.
+Algorithm 1 with HO, MRQ and TGQ as in 03, and, each with a switch of its own:
+
+    --edge-bits     the first layer's weight, the last layer's weight and inputs have more bits
+    --cond-bits     the weights of adaLN's and the embedders' linear layers are quantized too
+    --tgq-inputs    TGQ for the inputs of every linear layer on tokens, not only after softmax
+    --smoothquant   input channels evened out (arXiv 2211.10438): the strength of least error
+    --rounding      gptq: weights rounded column by column, errors made up for (arXiv 2210.17323)
+
+R = 1, since more rounds gain nothing here.
+
+    python methods/tqdit_plus.py --run runs/xl --wbits 4 --abits 8
+    python 04_sample.py          --run runs/xl --wbits 4 --abits 8 --tag plus
+"""
+
+import sys
+from argparse import BooleanOptionalAction
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import quant_file  # noqa: E402
+from common.cli import (  # noqa: E402
+    Parser, at_least_one, check_bits, check_search, check_tag, model_name, run_script, whole_number,
+)  # fmt: skip
+from common.fast_search import make_search  # noqa: E402
+from common.phase3 import Machine, Phase3  # noqa: E402
+from common.report import linear_cost, matmul_cost  # noqa: E402
+from methods.balancing import smoothquant_factors  # noqa: E402
+from methods.rounding import gptq  # noqa: E402
+from models_dit import MatMul  # noqa: E402
+from quant_ops import (  # noqa: E402
+    FullPrecision, InputLoss, LossOfA, LossOfB, WeightLoss, gelu_candidates, join_groups,
+    softmax_candidates, uniform_candidates,
+)  # fmt: skip
+
+STRENGTHS = (None, 0.5, 1.0)  # of SmoothQuant, tried for each layer; None: as it is
+
+
+class Settings(NamedTuple):
+    """What decides the result."""
+
+    wbits: int
+    abits: int
+    metric: str
+    rounds: int
+    edge_bits: int | None
+    cond_bits: int | None
+    tgq_inputs: bool
+    smoothquant: bool
+    rounding: str
+    rows: int | None
+    tag: str
+
+
+class Bits(NamedTuple):
+    """Bits of one layer; inputs with None stay in full precision."""
+
+    weight: int
+    inputs: int | None
+
+
+def bits_or_none(text):
+    return None if text == "none" else whole_number(text)
+
+
+def parse_args():
+    p, flag = Parser(__doc__), BooleanOptionalAction
+    p.paper.add_argument("--wbits", type=whole_number, required=True, help="k of weights, 2..8")
+    p.paper.add_argument("--abits", type=whole_number, required=True, help="k of activations, 2..8")
+    p.paper.add_argument("--metric", choices=("hessian", "mse"), default="hessian", help="HO, D11")
+    p.ours.add_argument("--rounds", type=whole_number, default=1, help="R; the paper has 3")
+    p.ours.add_argument("--edge-bits", type=bits_or_none, default=8, help="2..8, none: no others")
+    p.ours.add_argument("--cond-bits", type=bits_or_none, default=8, help="2..8, none: as they are")
+    p.ours.add_argument("--tgq-inputs", action=flag, default=True, help="TGQ for linear inputs")
+    p.ours.add_argument("--smoothquant", action=flag, default=True, help="even out input channels")
+    p.ours.add_argument("--rounding", choices=("gptq", "nearest"), default="gptq", help="weights")
+    p.ours.add_argument("--rows", type=whole_number, help="search on so many rows, spread over t")
+    p.ours.add_argument("--tag", default="plus", help="names the file quant_wXaY_TAG.pt")
+    p.add_search_flags()
+    return p.parse_args()
+
+
+def check(args):
+    optional = [flag for flag in ("edge_bits", "cond_bits") if getattr(args, flag) is not None]
+    check_bits(args, "wbits", "abits", *optional)
+    check_tag(args)
+    at_least_one(args, "rounds", "rows")
+    check_search(args)
+
+
+def bits_of(layer, cfg):
+    """The `Bits` of a layer."""
+    if layer.spec.conditioning:
+        return Bits(cfg.cond_bits, None)
+    edge = cfg.edge_bits if layer.spec.unit != "block" else None
+    if layer.spec.reads_image:  # D6: of the patch embedding only the weight
+        return Bits(edge or cfg.wbits, None)
+    return Bits(edge or cfg.wbits, edge or cfg.abits)
+
+
+def input_candidates(rows, post_gelu, bits):
+    """Line 16: Q_X at min-max, and functions of Q_X that give the candidates to try in turn."""
+    if post_gelu:
+        return gelu_candidates(*rows.range("x"), bits)
+    Q_X, candidates = uniform_candidates(*rows.range("x"), bits)
+    return Q_X, [lambda Q_X: candidates]
+
+
+def search_input(Q_X, fit, grids, loss, search):
+    """Lines 20 and 22: each of the input's scales in turn."""
+    for around in grids:
+        Q_X = search(around(Q_X), fit, loss)
+    return Q_X
+
+
+def search_linear(weight, fit, layer, cfg, search):
+    """Alg. 1 lines 16-22 with TGQ for the inputs: Q_W and Q_X of a weight (O, I)."""
+    bits, by_group = bits_of(layer, cfg), cfg.tgq_inputs and not layer.spec.conditioning
+    Q_W, weights = uniform_candidates(*weight.aminmax(dim=1, keepdim=True), bits.weight)
+    if bits.inputs is None:
+        return search(weights, fit, WeightLoss(weight, FullPrecision())), FullPrecision()
+    parts = [fit.of_group(i) for i in range(fit.num_groups)] if by_group else [fit]
+    post_gelu = layer.spec.post_gelu
+    starts, grids = zip(*(input_candidates(p, post_gelu, bits.inputs) for p in parts), strict=True)
+    Q_X = list(starts)  # one for each time group, or the only one
+    for _ in range(cfg.rounds):
+        Q_W = search(weights, fit, WeightLoss(weight, joined(Q_X)))
+        loss = InputLoss(weight, Q_W)
+        Q_X = [search_input(*one, loss, search) for one in zip(Q_X, parts, grids, strict=True)]
+    return Q_W, joined(Q_X)
+
+
+def joined(quantizers):
+    """One quantizer of those of all groups; the only one as it is."""
+    return join_groups(quantizers) if len(quantizers) > 1 else quantizers[0]
+
+
+def gram(data, Q_X):
+    """Sum of x x^T over the quantized inputs x, weighted by the mean squared gradient, (I, I)."""
+    total = 0
+    for chunk in data:
+        x = Q_X(chunk.x, chunk.group)
+        total = total + ((x * chunk.grad.square().mean(dim=1, keepdim=True)).T @ x).double()
+    return total
+
+
+def smoothed_linear(layer, data, strength, cfg, search):
+    """A layer's state and cost, its input channels evened out with this strength, if any."""
+    weight, smooth = layer.module.weight.detach().flatten(1), None
+    if strength is not None:
+        x_max = torch.stack([chunk.x.abs().amax(dim=0) for chunk in data]).amax(dim=0)
+        smooth = smoothquant_factors(x_max, weight, strength)
+        weight, data = weight * smooth, data.smoothed(smooth)
+    fit = data if cfg.metric == "hessian" else data.unweighted()
+    Q_W, Q_X = search_linear(weight, fit, layer, cfg, search)
+    W_hat = Q_W(weight)
+    if cfg.rounding == "gptq" and not layer.spec.conditioning:
+        W_hat = gptq(weight, Q_W.scale, Q_W.zero_point, Q_W.bits, gram(fit, Q_X))
+    state = quant_file.linear_state(layer.module, W_hat, Q_W, Q_X, smooth)
+    return dict(state=state, cost=linear_cost(data, W_hat, Q_X))
+
+
+def quantize_linear(layer, data, cfg, search):
+    """Alg. 1 lines 15-22; of all strengths of SmoothQuant the one of least error, Eq. (16)."""
+    smooth = cfg.smoothquant and bits_of(layer, cfg).inputs is not None
+    tried = [
+        smoothed_linear(layer, data, strength, cfg, search())
+        for strength in (STRENGTHS if smooth else STRENGTHS[:1])
+    ]
+    return min(tried, key=lambda found: found["cost"])
+
+
+def quantize_matmul(layer, data, cfg, search):
+    """Alg. 1 lines 23-33 as in 03, with MRQ and TGQ after softmax."""
+    search, fit = search(), data if cfg.metric == "hessian" else data.unweighted()
+    Q_B, candidates_B = uniform_candidates(*data.range("b"), cfg.abits)
+    parts, candidates_A = [fit], uniform_candidates(*data.range("a"), cfg.abits)[1]
+    if layer.spec.post_softmax:
+        parts = [fit.of_group(i) for i in range(data.num_groups)]
+        candidates_A = softmax_candidates(cfg.abits, data.device)[1]
+    for _ in range(cfg.rounds):
+        Q_A = joined([search(candidates_A, rows, LossOfA(Q_B)) for rows in parts])
+        Q_B = search(candidates_B, fit, LossOfB(Q_A))
+    state = quant_file.matmul_state(Q_A, Q_B)
+    return dict(state=state, cost=matmul_cost(data, Q_A, Q_B))
+
+
+def main(args):
+    check(args)
+    cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
+    search_of_a_layer = partial(make_search, args.search, args.compile)
+    machine = Machine(args.device, args.batch_size, args.memory_limit, args.force)
+    phase3 = Phase3(args.run, model_name(args), "tqdit_plus", cfg._asdict(), machine)
+    if phase3.is_done():
+        return
+    for unit in phase3.units():
+        done = {}
+        for layer in phase3.layers(unit, cfg.cond_bits is not None):
+            matmul = isinstance(layer.module, MatMul)
+            quantize_layer = quantize_matmul if matmul else quantize_linear
+            done[layer.name] = quantize_layer(layer, phase3.data(layer), cfg, search_of_a_layer)
+        phase3.save(unit, done)
+    phase3.finish(f"--wbits {cfg.wbits} --abits {cfg.abits} --tag {cfg.tag}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)
