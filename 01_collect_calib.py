@@ -35,13 +35,13 @@ def parse_args():
     p.paper.add_argument("--per-group", type=whole_number, default=32, help="n, Sec. IV-A")
     p.paper.add_argument("--model", choices=sorted(DiT_models), help="checked against --ckpt")
     p.paper.add_argument("--ckpt", help="DiT checkpoint; without it DiT-XL/2 is downloaded")
-    p.paper.add_argument("--image-size", type=int, choices=(256, 512), default=256)
+    p.paper.add_argument("--image-size", type=int, choices=(256, 512), default=256, help="pixels")
     p.ours.add_argument("--num-heads", type=whole_number, help="if the width is no official one")
     p.ours.add_argument("--vae", choices=("mse", "ema", "none"), default="mse", help="none: pixels")
     p.ours.add_argument("--cfg-scale", type=float, default=1.5, help="1 turns guidance off (D3)")
     p.ours.add_argument("--cfg-channels", type=whole_number, default=3, help="guided, of eps (D3)")
     p.ours.add_argument("--trajectories", type=whole_number, default=64, help="to draw from (D13)")
-    p.ours.add_argument("--seed", type=whole_number, default=0)
+    p.ours.add_argument("--seed", type=whole_number, default=0, help="of labels, tuples, noise")
     p.machine.add_argument("--batch-size", type=whole_number, default=32, help="trajectories")
     return p.parse_args()
 
@@ -52,9 +52,10 @@ def check(args):
         raise InputError(f"--steps {args.steps}: T must be 1..{TRAIN_TIMESTEPS}")
     if args.groups > args.steps:
         raise InputError(f"--groups {args.groups}: G must be 1..T, and T is {args.steps}")
-    smallest = args.steps // args.groups  # group, in timesteps
-    if args.trajectories * smallest < args.per_group or HELD_OUT * smallest < HELD_OUT_PER_GROUP:
+    if args.trajectories * (args.steps // args.groups) < args.per_group:  # in the smallest group
         raise InputError(f"--per-group {args.per_group} needs more --trajectories")
+    if args.trajectories > 10**6:
+        raise InputError(f"--trajectories {args.trajectories}: at most a million")
     if args.seed < 0 or args.cfg_channels < 1 or not math.isfinite(args.cfg_scale):
         raise InputError("--seed >= 0, --cfg-channels >= 1 and a finite --cfg-scale are needed")
 

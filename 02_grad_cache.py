@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
-from common.artifacts import Parts, atomic_write, is_up_to_date, provenance
+from common.artifacts import Parts, atomic_write, check_place, is_up_to_date, provenance
 from common.checkpoints import load_calib, load_calibrated
 from common.cli import Parser, at_least_one, print_peak, run_script, whole_number
 from common.offload import in_batches, next_inputs, unit_on, units
@@ -108,6 +108,8 @@ def main(args):  # Alg. 1 line 9
     if is_up_to_date(last, head, args.force):
         return parts.clear()  # a run killed after its last write left them
     model = explicit_products(load_calibrated(calib))
+    for name in units(model):
+        check_place(folder / f"{name}.pt")
     rows, diffusion = calib["calibration"], Diffusion(calib["settings"]["steps"])
     eps, x_t = noise_and_inputs(rows, diffusion, args.eps, calib["settings"]["seed"])
     parts.clear(others_only=True)  # whose unit files this run is about to replace

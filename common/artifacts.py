@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from common.cli import InputError
-
-FORMAT = 2
+from common.cli import InputError, reading
+from common.schemas import FORMAT, check_artifact
 
 
 def sha256_of(path):
@@ -73,12 +72,15 @@ def load_tensors(path, what, allowed=()):
     InputError if the file is missing, cut off, or holds anything else.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {found} ({what})")
+    with reading(path):
+        if not path.is_file():
+            found = "is a folder" if path.is_dir() else "no such file"
+            raise InputError(f"{path}: {found} ({what})")
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # a dozen kinds: of the file, of its zip, of the pickle in that
         broken = isinstance(error, RuntimeError | OSError | EOFError)
         refused = zipfile.is_zipfile(path) and not broken
@@ -109,17 +111,14 @@ def provenance(kind, settings, inputs, device):
     )
 
 
-def load_artifact(path, kind, made_by):
-    """An artifact of the given kind; InputError names both kinds and the command to run."""
-    artifact = load_tensors(path, f"made by {made_by}")
-    found = artifact.get("kind") if isinstance(artifact, dict) else None
-    if found != kind:
-        raise InputError(f"{path} is {found or 'no artifact'}, not {kind}: run {made_by} first")
-    if not {"format", "settings", "inputs"} <= artifact.keys():
-        raise InputError(f"{path} is damaged: parts are missing; run {made_by} again")
-    if artifact["format"] != FORMAT:
-        found = artifact["format"]
-        raise InputError(f"{path} has format {found}, not {FORMAT}: run {made_by} again")
+def load_artifact(path, kind, made_by, sizes=None):
+    """An artifact of the given kind, checked; InputError says what is wrong and what to run.
+
+    `sizes` are those that common/schemas.py knows of another file, which this one must agree with.
+    """
+    with reading(path):
+        artifact = load_tensors(path, f"made by {made_by}")
+        check_artifact(artifact, kind, path, made_by, sizes)
     return artifact
 
 
@@ -132,11 +131,24 @@ def save_artifact(path, artifact):
 
 
 def is_up_to_date(path, head, force):
-    """True if `path` holds this very result. InputError if it holds another, unless `force`."""
+    """True if `path` holds this very result. InputError if it holds another, unless `force`, or if
+    nothing can be written there."""
+    check_place(path)
     if force or not Path(path).exists():
         return False
-    old = load_artifact(path, head["kind"], "this script with --force")
+    old = load_artifact(path, head["kind"], "this script")
     return is_same_result(path, old, head)
+
+
+def check_place(path):
+    """InputError if there is a folder at `path`, or a file where its folder belongs."""
+    path = Path(path)
+    with reading(path):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder, where a file belongs: move it away")
+        above = next(folder for folder in path.parents if folder.exists())
+        if not above.is_dir():
+            raise InputError(f"{above} is a file, where a folder belongs: move it away")
 
 
 def is_same_result(path, old, head):
@@ -145,6 +157,7 @@ def is_same_result(path, old, head):
         for key in old[part].keys() | head[part].keys():
             was, now = old[part].get(key), head[part].get(key)
             if was != now:
+                was, now = str(was)[:100], str(now)[:100]
                 raise InputError(
                     f"{path} exists, made with {key} = {was}, not {now}; --force replaces it"
                 )

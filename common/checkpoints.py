@@ -10,8 +10,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.artifacts import load_artifact, load_tensors, sha256_of
-from common.cli import InputError
+from common.artifacts import load_artifact, sha256_of
+from common.checks import Fault, check, need, told
+from common.cli import InputError, reading
+from common.diffusers_names import check_config, from_diffusers, is_diffusers
+from common.model_schema import ANY_FLOAT, count_blocks, decodes, model_config, parameters
+from common.weight_files import config_beside, find_weights, load_weights
 from models_dit import DiT, DiT_models
 
 DIT_URL = "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-{0}x{0}.pt"
@@ -58,61 +62,64 @@ def _download_to(partial, url, name):
 
 
 def read_config(state, num_heads=None):
-    """The DiT constructor's keywords, read off a checkpoint's shapes.
+    """The DiT constructor's keywords, read off a checkpoint's shapes; Fault if it is no DiT's.
 
     Only the number of heads leaves no trace; known widths know theirs, others need `num_heads`.
     """
-    try:
-        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        tokens = state["pos_embed"].shape[1]
-        outputs = state["final_layer.linear.weight"].shape[0] // patch**2
-        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-        classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"not a DiT checkpoint: it has no usable {error}") from error
+    need(isinstance(state, dict), f"it is {told(state)}")
+    depth, sizes = count_blocks(state), {}
+    need(depth > 0, "it has no blocks.0")
+    check(state, parameters(depth, ANY_FLOAT), "", sizes)
+    width, channels, patch = (sizes[size] for size in ("width", "channels", "patch"))
     heads = HEADS.get(width) if num_heads is None else num_heads
     if heads is None:
         raise InputError(f"width {width} is none of the known DiTs: give --num-heads")
     if heads < 1 or width % heads:
-        raise InputError(f"--num-heads {heads} does not divide the width {width}")
-    return dict(
-        input_size=math.isqrt(tokens) * patch,
+        told_by = "--num-heads or config.json"
+        raise InputError(f"{heads} heads ({told_by}) do not divide the width {width}")
+    found = dict(
+        input_size=math.isqrt(sizes["tokens"]) * patch,
         patch_size=patch,
         in_channels=channels,
         hidden_size=width,
         depth=depth,
         num_heads=heads,
-        mlp_ratio=hidden / width,
-        num_classes=classes,
-        learn_sigma=outputs == 2 * channels,
+        mlp_ratio=sizes["hidden"] / width,
+        num_classes=sizes["labels"] - 1,
+        learn_sigma=sizes["outputs"] == 2 * channels * patch**2,
     )
+    check(found, model_config, "its shape", sizes)
+    return found
 
 
-def build_dit(config, state, source):
-    """A DiT in eval mode with these weights; InputError names the first thing that does not fit."""
+def build_dit(config, state):
+    """A DiT in eval mode with these weights."""
     with torch.device("meta"):
         model = DiT(**config)
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except (RuntimeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise InputError(f"{source} does not fit this DiT: {reason}") from error
+    model.load_state_dict(state, strict=True, assign=True)
     return model.float().eval().requires_grad_(False)
 
 
-def load_dit(ckpt, num_heads=None):
-    """(model, config) of a checkpoint, plain or with an `ema` entry as DiT's train.py saves it."""
-    state = load_tensors(ckpt, "a DiT checkpoint", [argparse.Namespace])  # train.py saves one
-    state = state.get("ema", state) if isinstance(state, dict) else state
-    config = read_config(state, num_heads)
-    return build_dit(config, state, ckpt), config
+def load_dit(ckpt, num_heads=None, input_size=None):
+    """(model, config) of a checkpoint: official, of DiT's train.py, or of diffusers, from which the
+    size of x is taken if no config.json says it. Half precision becomes float32."""
+    state, told_beside = load_weights(ckpt, "a DiT checkpoint", [argparse.Namespace]), {}
+    with reading(ckpt):
+        try:
+            if is_diffusers(state):
+                told_beside = config_beside(ckpt)
+                state, num_heads = from_diffusers(state, told_beside, num_heads, input_size)
+            config = read_config(state, num_heads)
+            check_config(told_beside, config)
+        except Fault as fault:
+            raise InputError(f"{ckpt} is not a DiT checkpoint: {fault}") from fault
+        return build_dit(config, state), config
 
 
 def find_checkpoint(ckpt, model, image_size):
     """The checkpoint's path: `ckpt` if one was named, else DiT-XL/2, downloaded once."""
     if ckpt:
-        return ckpt
+        return find_weights(ckpt, "transformer")
     if model not in (None, "DiT-XL/2"):
         raise InputError(f"{model} has no public weights: give --ckpt")
     url = DIT_URL.format(image_size)
@@ -122,7 +129,7 @@ def find_checkpoint(ckpt, model, image_size):
 def check_model(config, model, vae):
     """InputError if the checkpoint is not of this --model, or does not go with this --vae."""
     channels = config["in_channels"]
-    if channels not in ((1, 3) if vae == "none" else (4,)):
+    if not decodes(vae, channels):
         raise InputError(f"--vae {vae} does not go with the checkpoint's {channels} channels")
     for key, value in DiT_models.get(model, {}).items():
         if config[key] != value:
@@ -137,29 +144,29 @@ def check_labels(y, num_classes, what):
 
 
 def load_calib(run):
-    """RUN/calib.pt, checked: finite, timesteps and labels in range; and its own sha256."""
+    """RUN/calib.pt, checked, and its own sha256."""
     path = Path(run) / "calib.pt"
-    calib = load_artifact(path, "calib", "01_collect_calib.py") | dict(sha256=sha256_of(path))
-    settings = calib["settings"]
-    for part in ("calibration", "validation"):
-        rows = calib.get(part, {})
-        if not {"x", "x_0", "t", "y", "group"} <= rows.keys():
-            raise InputError(f"{path} is damaged: parts are missing; run 01 --force")
-        if not all(torch.isfinite(rows[key]).all() for key in ("x", "x_0")):
-            raise InputError(f"{path}: NaN or infinity in its {part} rows; run 01 --force")
-        check_labels(rows["y"], settings["config"]["num_classes"] + 1, f"{path} {part}")
-        check_labels(rows["t"], settings["steps"], f"{path} {part} timesteps")
-    return calib
+    return load_artifact(path, "calib", "01_collect_calib.py") | dict(sha256=sha256_of(path))
 
 
 def load_calibrated(calib):
     """The full-precision DiT that `calib` was collected from, and no other."""
     ckpt, want = calib["settings"]["ckpt"], calib["inputs"]["checkpoint"]
-    if not Path(ckpt).is_file():
-        raise InputError(f"{ckpt}: no such file, yet calib.pt was collected from it")
-    if sha256_of(ckpt) != want:
+    with reading(ckpt):
+        if not Path(ckpt).is_file():
+            raise InputError(f"{ckpt}: no such file, yet calib.pt was collected from it")
+        found = sha256_of(ckpt)
+    if found != want:
         raise InputError(
             f"calib.pt was collected from a checkpoint with sha256 {want[:12]}; {ckpt} is now "
-            f"{sha256_of(ckpt)[:12]}: run 01_collect_calib.py --force"
+            f"{found[:12]}: run 01_collect_calib.py --force"
         )
-    return load_dit(ckpt, calib["settings"]["config"]["num_heads"])[0]
+    config = calib["settings"]["config"]
+    model, read = load_dit(ckpt, config["num_heads"], config["input_size"])
+    for key, value in read.items():
+        if config[key] != value:
+            raise InputError(
+                f"calib.pt is damaged: settings.config.{key} is {config[key]}, that of {ckpt} is "
+                f"{value}; run 01_collect_calib.py --force"
+            )
+    return model

@@ -1,12 +1,12 @@
 """The command line of every script: flags, devices, and how a script fails."""
 
 import argparse
-import math
 import os
 import re
 import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +15,18 @@ import torch.distributed as dist
 
 class InputError(Exception):
     """Bad input; its one-line message says what is wrong and what to do. Exit status 2."""
+
+
+@contextmanager
+def reading(path):
+    """Whatever goes wrong while this file is read and checked is an InputError, one line."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InputError(f"{path} could not be read: {what}; --traceback shows more") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,8 +145,9 @@ def check_bits(args, *flags):
 def check_search(args):
     """InputError unless the flags of `Parser.add_search_flags` make sense."""
     at_least_one(args, "batch_size")
-    if args.memory_limit is not None and not 0 < args.memory_limit < math.inf:
-        raise InputError(f"--memory-limit {args.memory_limit}: not above 0, or not finite")
+    limit = args.memory_limit
+    if limit is not None and not 0 < limit < 1e12:
+        raise InputError(f"--memory-limit {limit}: not above 0, not finite or too large")
 
 
 def check_tag(args):

@@ -1,14 +1,14 @@
 """Files of samples: uint8 images as .npz with labels and provenance, and a grid to look at."""
 
 import json
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image
 
-from common.artifacts import atomic_write, is_same_result
+from common.artifacts import atomic_write, check_place, is_same_result
 from common.cli import InputError
+from common.schemas import check_artifact
 from common.vae import VAE_SCALE
 
 
@@ -21,14 +21,19 @@ def to_uint8(x, vae):
 
 def samples_up_to_date(path, head, force):
     """True if `path` holds these very samples; InputError if it holds others, unless `force`."""
+    check_place(path)
+    check_place(path.with_suffix(".png"))
     if force or not path.exists():
         return False
     try:
         with np.load(path, allow_pickle=False) as old:
             meta = json.loads(str(old["meta"]))
-        return is_same_result(path, meta, head)
-    except (OSError, EOFError, LookupError, TypeError, ValueError, BadZipFile) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a dozen kinds: numpy's, those of its zip and of zlib, JSON's
         raise InputError(f"{path} is damaged ({error}); --force replaces it") from error
+    check_artifact(meta, "samples", path, "this script")
+    return is_same_result(path, meta, head)
 
 
 def save_samples(path, **arrays):

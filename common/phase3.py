@@ -17,6 +17,7 @@ from common.layer_data import layer_data
 from common.offload import next_inputs, offloaded, pinned, unit_on, units
 from common.quant_file import build_quantized, quantized_parts
 from common.report import print_report, signal_to_noise
+from common.schemas import sizes_of
 from models_dit import LAYERS, LayerSpec, explicit_products
 
 SAMPLING = ("steps", "groups", "cfg_scale", "cfg_channels", "vae")  # what 04 needs to know of 01
@@ -140,9 +141,12 @@ class Phase3:
 
 def load_grads(run, name, calib):
     """What Phase 2 wrote of a unit; InputError if it did so for another calib.pt."""
-    unit = artifacts.load_artifact(run / "grads" / f"{name}.pt", "grads", "02_grad_cache.py")
+    path, made_by = run / "grads" / f"{name}.pt", "02_grad_cache.py"
+    unit = artifacts.load_artifact(path, "grads", made_by, sizes_of(calib))
     if unit["inputs"]["calib"] != calib["sha256"]:
-        raise InputError(f"{run}/grads is of another calib.pt: run 02_grad_cache.py --force")
+        raise InputError(f"{run}/grads is of another calib.pt: run {made_by} --force")
+    if unit["unit"] != name:
+        raise InputError(f"{path} is damaged: it is of {unit['unit']}; run {made_by} --force")
     return unit
 
 

@@ -1,136 +1,106 @@
-"""What each kind of file must hold: keys, types, dtypes, shapes, ranges.
-
-A spec is a dict of specs, with these keys and no others, or a function of a value, its name and
-the sizes known so far, which raises Fault. A shape is a text of sizes, as "R 3*D": a name stands
-for what a number in the file or another shape says it is; the first to be met decides.
-
-    R  rows       C, H  channels and height of x    M  width of the MLP    T, G, n  of the paper
-    S  tokens     D     width                       Z  outputs a token     P  patch
-    K  labels, the null label among them
-"""
+"""What each kind of file holds, in the words of common/checks.py. Checked on every load."""
 
 import math
-import re
-import sys
-from typing import NamedTuple
 
 import torch
 
-from models_dit import LAYERS, TRAIN_TIMESTEPS
+from common import model_schema as shared
+from common.checks import Fault, Int, OneOf, Optional, TensorOf, Text, agree, check, need, told
+from common.cli import InputError
+from common.model_schema import FLOAT, FORMAT, HEAD, INT, SAMPLING, SHA256, TEXT
+from common.quant_schema import quant
+from models_dit import TRAIN_TIMESTEPS
 from quant_ops import time_group
 
-FORMAT = 2
-BIG, HUGE = 2**63 - 1, sys.float_info.max
-FLOAT, INT = torch.float32, torch.int64
+# ------------------------------------------------------------------------------------------------
+# calib.pt and grads/
 
 
-class Fault(Exception):
-    """What is wrong with a value, for whom knows the file's name."""
+def calib_settings(value, name, sizes):
+    """What Phase 1 decided, n G rows among it."""
+    own = dict(per_group=Int(1, size="per_group"), trajectories=Int(1), seed=Int(0), ckpt=TEXT)
+    check(value, SAMPLING | own | dict(config=shared.model_config), name, sizes)
+    shared.check_sampling(value, name, sizes)
+    agree(sizes, dict(rows=sizes["per_group"] * sizes["groups"]))
 
 
-def need(condition, message):
-    """Fault with this message unless the condition holds."""
-    if not condition:
-        raise Fault(message)
+def rows(count):
+    """So many tuples of Eq. (10), of all time groups."""
+    whole = dict(trajectory=math.inf, t="steps", group="groups", y="labels")
+    columns = {key: TensorOf(INT, count, above=-1, below=below) for key, below in whole.items()}
+    columns |= dict.fromkeys(("x", "x_0"), TensorOf(FLOAT, f"{count} channels height height"))
+
+    def complete(value, name, sizes):
+        check(value, columns, name, sizes)
+        of_t = time_group(value["t"], sizes["steps"], sizes["groups"])
+        need(torch.equal(value["group"], of_t), f"{name}.group is not that of t, Eq. (9)")
+        need(len(of_t.unique()) == sizes["groups"], f"{name} has no rows of some time group")
+
+    return complete
 
 
-def told(value):
-    """A value in a few words."""
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if type(value) is int and value.bit_length() > 64:
-        return "beyond 64 bits"
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return repr(value[:60] if isinstance(value, str) else value) if plain else type(value).__name__
+CALIB = HEAD | dict(
+    settings=calib_settings,
+    inputs=dict(checkpoint=SHA256),
+    calibration=rows("rows"),
+    validation=rows("held_out"),
+)
+TOKENS, CONDITION = TensorOf(FLOAT, "rows tokens width"), TensorOf(FLOAT, "rows width")
+UNIT_INPUTS = [
+    TensorOf(FLOAT, "rows channels height height"),
+    TensorOf(INT, "rows", above=-1, below=TRAIN_TIMESTEPS),
+    TensorOf(INT, "rows", above=-1, below="labels"),
+]
+UNITS = {
+    "embed": dict(unit_inputs=UNIT_INPUTS, unit_grads=[TOKENS, CONDITION]),
+    "block": dict(unit_grads=[TOKENS]),
+    "final": dict(unit_grads=[TensorOf(FLOAT, "rows tokens outputs")]),
+}
 
 
-def check(value, spec, name, sizes):
-    """Fault unless the value is as the spec says; `sizes` grows by what it tells."""
-    if not isinstance(spec, dict):
-        return spec(value, name, sizes)
-    need(isinstance(value, dict), f"{name or 'it'} is {told(value)}, not a dict")
-    prefix = name and name + "."
-    for key, inner in spec.items():
-        if key in value:
-            check(value[key], inner, prefix + key, sizes)
-        else:
-            need(isinstance(inner, Optional), f"{prefix}{key} is missing")
-    for key in value:
-        need(key in spec, f"{prefix}{told(key).strip(chr(39))} is unknown")
+def grads(value, name, sizes):
+    """What Phase 2 writes of a unit; with the sizes of calib.pt, for that one."""
+    unit = Text(r"embed|final|block_\d{2,5}")
+    unit(value.get("unit"), "unit", sizes)
+    own = dict(settings=dict(eps=shared.EPS), inputs=dict(calib=SHA256), unit=unit)
+    check(value, HEAD | own | UNITS[value["unit"].partition("_")[0]], name, sizes)
 
 
 # ------------------------------------------------------------------------------------------------
-# Leaves of a spec
+# samples_*.npz, its meta
+
+IMAGES = dict(num_images=Int(1), first=Int(0), seed=Int(0), classes=shared.ANY, name=TEXT)
+IMAGES |= dict(dtype=OneOf("fp32", "bf16"))
+MAY_COME_FROM = "calib", "grads", "quant", "vae"
+SAMPLES = HEAD | dict(
+    settings=shared.open_dict({key: x for key, x in SAMPLING.items() if key != "groups"} | IMAGES),
+    inputs=dict(checkpoint=SHA256) | dict.fromkeys(MAY_COME_FROM, Optional(SHA256)),
+    model_bytes=Int(1),
+)
+
+# ------------------------------------------------------------------------------------------------
+# All of them
+
+SCHEMAS = dict(calib=CALIB, grads=grads, quant=quant, samples=SAMPLES)
 
 
-class Optional(NamedTuple):
-    spec: object
-
-    def __call__(self, value, name, sizes):
-        check(value, self.spec, name, sizes)
-
-
-class OneOf:
-    def __init__(self, *values):
-        self.values = values
-
-    def __call__(self, value, name, sizes):
-        found = any(type(value) is type(x) and value == x for x in self.values)
-        need(found, f"{name} is {told(value)}, not {' or '.join(map(repr, self.values))}")
+def sizes_of(calib):
+    """The sizes that calib.pt gives, for files that must agree with it."""
+    sizes = {}
+    check(calib["settings"], calib_settings, "settings", sizes)
+    return sizes
 
 
-class Text(NamedTuple):
-    pattern: str = "(?s).{0,4096}"
-
-    def __call__(self, value, name, sizes):
-        fits = isinstance(value, str) and re.fullmatch(self.pattern, value)
-        need(fits, f"{name} is {told(value)}, not a text like {self.pattern}")
-
-
-class Int(NamedTuple):
-    low: int
-    high: int = BIG
-    size: str = ""  # its name, where shapes depend on it
-
-    def __call__(self, value, name, sizes):
-        fits = type(value) is int and self.low <= value <= self.high
-        need(fits, f"{name} is {told(value)}, not a whole number of {self.low}..{self.high}")
-        if self.size:
-            agree(sizes, {self.size: value}, name)
-
-
-class Float(NamedTuple):
-    """NaN never is one."""
-
-    low: float = -HUGE
-    high: float = HUGE
-
-    def __call__(self, value, name, sizes):
-        fits = type(value) is float and self.low <= value <= self.high
-        need(fits, f"{name} is {told(value)}, not a number of {self.low:g}..{self.high:g}")
-
-
-class ListOf(NamedTuple):
-    spec: object
-    size: str
-
-    def __call__(self, value, name, sizes):
-        need(type(value) is list, f"{name} is {told(value)}, not a list")
-        need(len(value) == sizes[self.size], f"{name} has {len(value)} of {sizes[self.size]} items")
-        for x in value:
-            check(x, self.spec, name, sizes)
-
-
-class Tensor(NamedTuple):
-    """Finite, and strictly between two numbers, of which the upper may be a size."""
-
-    dtypes: tuple
-    shape: str
-    above: float = -math.inf
-    below: float | str = math.inf
-
-    def __call__(self, x, name, sizes):
-        expected = numbers(self.shape, sizes)
-        fits = isinstance(x, torch.Tensor) and x.dtype in self.dtypes and x.ndim == len(expected)
-        fits = fits and all(isinstance(e, str) or e == n for e, n in zip(expected, x.shape))
-    ...
+def check_artifact(artifact, kind, path, made_by, sizes=None):
+    """InputError unless it is all that an artifact of this kind must be."""
+    found = artifact.get("kind") if isinstance(artifact, dict) else None
+    if type(found) is not str or found != kind:
+        found = found[:60] if type(found) is str else "no artifact"
+        raise InputError(f"{path} is {found}, not {kind}: run {made_by} first")
+    found = told(artifact.get("format"))
+    if found != told(FORMAT):
+        raise InputError(f"{path} has format {found}, not {FORMAT}: run {made_by} again")
+    try:
+        check(artifact, SCHEMAS[kind], "", dict(sizes or {}))
+    except Fault as fault:
+        raise InputError(f"{path} is damaged: {fault}; run {made_by} --force") from fault

@@ -1,0 +1,131 @@
+"""What a quant file holds, in the words of common/checks.py: its layers against its config.
+
+What stands in place of a linear layer must be one, of its shape, and so on. A method with a layer
+or a quantizer of a new type adds it to `layer` or `Quantizer`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from common import model_schema as shared
+from common.checks import Float, Int, OneOf, Optional, TensorOf, check, need, product, told
+from common.model_schema import FLOAT, INT, SHA256, TEXT, WEIGHTS
+from models_dit import LAYERS, TRAIN_TIMESTEPS
+
+BYTE = (torch.uint8,)
+BITS, DECIBEL, COST = Int(2, 8), Float(-math.inf, math.inf), Float(0, math.inf)
+PREFIXES = {"embed": "", "block": "blocks.{}.", "final": "final_layer."}
+
+# ------------------------------------------------------------------------------------------------
+# Layers
+
+
+def bits(value, name, sizes):
+    """A bit width, and the number of levels it has."""
+    BITS(value, name, sizes)
+    sizes.update(bits=value, levels=2**value)
+
+
+def scale_shape(value, shape):
+    """This shape if the quantizer's scale has one, or () if it has one scale for all."""
+    scale = value.get("scale", value.get("scale1")) if isinstance(value, dict) else None
+    return shape if getattr(scale, "ndim", 0) else ""
+
+
+class Weight(NamedTuple):
+    """A weight of this shape, packed, with a scale for all of it or for each output channel."""
+
+    shape: str
+
+    def __call__(self, value, name, sizes):
+        shape = [product(text, sizes) for text in self.shape.split()]
+        channels = scale_shape(value, f"{shape[0]} 1")
+        spec = dict(
+            bits=bits,
+            shape=[OneOf(size) for size in shape],
+            codes=self.check_codes,
+            scale=TensorOf(FLOAT, channels, above=0),
+            zero_point=TensorOf(BYTE, channels, below="levels"),
+        )
+        check(value, spec, name, sizes)
+
+    def check_codes(self, value, name, sizes):
+        count = math.prod(product(text, sizes) for text in self.shape.split())
+        TensorOf(BYTE, str(-(-count * sizes["bits"] // 8)))(value, name, sizes)
+
+
+class Quantizer(NamedTuple):
+    """A quantizer of activations, with a scale for all of them or, if allowed, for each group."""
+
+    by_group: bool
+
+    def __call__(self, value, name, sizes):
+        shape = scale_shape(value, "groups") if self.by_group else ""
+        scale = TensorOf(FLOAT, shape, above=0)
+        zero_point = TensorOf(FLOAT, shape, above=-1, below="levels", whole=True)
+        types = dict(
+            uniform=dict(bits=bits, scale=scale, zero_point=zero_point),
+            softmax=dict(bits=bits, scale1=scale),
+            gelu=dict(bits=bits, scale1=scale, scale2=scale),
+            none={},
+        )
+        need(isinstance(value, dict), f"{name} is {told(value)}, not a dict")
+        OneOf(*types)(value.get("type"), f"{name}.type", sizes)
+        check(value, dict(type=TEXT) | types[value["type"]], name, sizes)
+
+
+def layer(name, about):
+    """Spec of the quantized twin of this layer, a `LayerSpec` of models_dit.LAYERS."""
+    if name not in WEIGHTS:
+        return dict(type=OneOf("matmul"), a=Quantizer(True), b=Quantizer(True))
+    outputs, *inputs = WEIGHTS[name].split()
+    linear = len(inputs) == 1
+    spec = dict(
+        type=OneOf("linear" if linear else "conv"),
+        weight=Weight(WEIGHTS[name]),
+        bias=TensorOf(FLOAT, outputs),
+        act=Quantizer(by_group=linear and not about.conditioning),
+    )
+    return spec | (dict(smooth=Optional(TensorOf(FLOAT, *inputs, above=0))) if linear else {})
+
+
+LAYER_SPECS = {
+    name: Optional(layer(name, about))
+    for name, about in ((PREFIXES[about.unit] + about.name, about) for about in LAYERS)
+}
+
+# ------------------------------------------------------------------------------------------------
+# The file
+
+
+def any_dict(value, name, sizes):
+    need(isinstance(value, dict), f"{name} is {told(value)}, not a dict")
+
+
+SETTINGS = dict(wbits=BITS, abits=BITS, eps=shared.EPS, sampling=shared.SAMPLING)
+QUANT = shared.HEAD | dict(
+    method=TEXT,
+    settings=shared.open_dict(SETTINGS),
+    inputs=dict(checkpoint=SHA256, calib=SHA256, grads=SHA256),
+    config=shared.model_config,
+    group_table=TensorOf(INT, str(TRAIN_TIMESTEPS), above=-1, below="groups"),
+    layers=any_dict,
+    state=any_dict,
+    report=any_dict,
+)
+
+
+def quant(value, name, sizes):
+    """A quant file, of any method: sizes first, so that no more is made of it than it holds."""
+    check(value, QUANT, name, sizes)
+    shared.check_sampling(value["settings"]["sampling"], "settings.sampling", sizes)
+    layers, depth = value["layers"], sizes["depth"]
+    found = shared.count_blocks([*value["state"], *layers])
+    need(found == depth, f"config.depth is {depth}, yet there are {found} blocks")
+    check(layers, shared.of_all_blocks(LAYER_SPECS, depth), "layers", sizes)
+    check(value["state"], shared.parameters(depth, FLOAT, without=layers), "state", sizes)
+    of_groups, costs = [DECIBEL] * sizes["groups"], dict.fromkeys(layers, COST)
+    report = dict(snr_per_group=of_groups, snr_weighted=DECIBEL, costs=costs)
+    check(value["report"], report, "report", sizes)
