@@ -27,7 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models_dit import Diffusion, DiT, DiT_models, FeatureNet, image_generators, trajectory  # noqa: E402
+from common.mnist_classifier import FeatureNet  # noqa: E402
+from models_dit import Diffusion, DiT, DiT_models, image_generators, trajectory  # noqa: E402
 
 CIFAR_DIT = dict(
     input_size=32, patch_size=4, in_channels=3, hidden_size=256, depth=8, num_heads=4
