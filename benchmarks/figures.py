@@ -7,7 +7,7 @@ layer_error: where HO, MRQ and TGQ change the weighted output error; drawn last,
 Needs what `make tables` leaves in RUN; the first three are content with `make demo`'s. Run it from
 the repository root, to which the checkpoint's path is relative.
 
-    python benchmarks/figures.py --run runs/tables/quick/T100_seed0 --out demo
+    python benchmarks/figures.py --run runs/tables/quick/T100_seed0
 """
 
 import argparse
@@ -18,25 +18,33 @@ import numpy as np
 import torch
 from layer_error import BLUE, DPI, INK, InputError, canvas, layer_error, need, save
 
-from models_dit import (
-    Diffusion, explicit_products, load_artifact, load_calib, load_calibrated, run_script,
-)
-from quant_ops import mrq_softmax_values, time_group
+from common.checkpoints import load_calib, load_calibrated
+from common.cli import run_script
+from common.quant_file import load_quant
+from models_dit import Diffusion, explicit_products
+from quant_ops import time_group
 
-MODELS = "w8a8 w6a6 w6a6_best w4a8 w4a8_best".split()
+MODELS = "w8a8 w6a6 w6a6_plus w4a8 w4a8_plus".split()
 HAZE, EDGE = "#7f9db9", "#c04a00"
 PALE, LOW, HIGH = "#eef1f5", "#d3e6f5", "#fcebdc"  # shades of groups, of R1, of R2
 
 
-def softmax_border(step1, bits):
-    """Where R2 begins after softmax (D8), shaped like step1: half a step past R1's last level."""
-    return ((2 ** (bits - 1) - 0.5) * step1).clamp(min=0.5**bits)
+def softmax_border(scale1, bits):
+    """Where R2 begins after softmax (D8), shaped like scale1: half a step past R1's last level."""
+    return ((2 ** (bits - 1) - 0.5) * scale1).clamp(min=0.5**bits)
 
 
-def gelu_levels(step1, step2, bits):
-    """The 2^k values of MRQ after GELU (D9), ascending; the steps are () each."""
+def softmax_levels(scale1, bits):
+    """The values of MRQ after softmax (D8), ascending: of R2's those past R1; scale1 is ()."""
+    half = 2 ** (bits - 1)
+    low, high = torch.arange(half) * scale1, torch.arange(1, half + 1) / half
+    return torch.cat([low, high[high + 0.5 / half > softmax_border(scale1, bits)]])
+
+
+def gelu_levels(scale1, scale2, bits):
+    """The 2^k values of MRQ after GELU (D9), ascending; the scales are () each."""
     levels = torch.arange(2**bits) - 2 ** (bits - 1)
-    return levels * torch.where(levels < 0, step1, step2)
+    return levels * torch.where(levels < 0, scale1, scale2)
 
 
 @torch.no_grad()
@@ -73,11 +81,12 @@ def histogram(ax, values, levels, border):
 def draw_histograms(quant, kept, block, info):
     """Fig. 2 for one block. With several groups the shades and the rug are the median group's."""
     bits, layers = quant["settings"]["abits"], quant["layers"]
-    step1, gelu = layers[f"blocks.{block}.attn.av"]["a"]["step1"], layers[f"blocks.{block}.mlp.fc2"]
+    scale1 = layers[f"blocks.{block}.attn.av"]["a"]["scale1"]
+    act = layers[f"blocks.{block}.mlp.fc2"]["act"]
     fig = canvas(4, f"Values after softmax and GELU in block {block}, and MRQ's regions", info)
     left, right = fig.subplots(1, 2)
-    levels = mrq_softmax_values(torch.arange(2**bits), step1.median(), bits).numpy()
-    border = softmax_border(step1.reshape(-1), bits)
+    levels = softmax_levels(scale1.median(), bits).numpy()
+    border = softmax_border(scale1.reshape(-1), bits)
     histogram(left, kept[block, "av"].flatten().numpy(), levels, border.median().item())
     edges = list(zip(*(x.tolist() for x in border.unique(return_counts=True)), strict=True))
     text = "".join(f"\n{edge:.3f} in {n} of {len(border)} groups" for edge, n in edges)
@@ -85,7 +94,7 @@ def draw_histograms(quant, kept, block, info):
     left.text(0.97, 0.8, f"R2 begins at{text}", color=EDGE, **where)
     for edge, _ in edges:
         left.axvline(edge, color=EDGE, lw=1.5)
-    levels = gelu_levels(gelu["act"]["step1"].median(), gelu["act"]["step2"].median(), bits).numpy()
+    levels = gelu_levels(act["scale1"].median(), act["scale2"].median(), bits).numpy()
     values = kept[block, "fc2"].flatten().numpy()
     near = values[values < -2 * values.min()]
     for ax, part in (right, values), (right.inset_axes([0.42, 0.38, 0.58, 0.46]), near):
@@ -122,9 +131,9 @@ def draw_over_time(calib, quant, t, kept, info):
         ax.plot(at, middle, color=BLUE, lw=1, label="median channel")
         ax.fill_between(at, low, high, color=HAZE, alpha=0.5, lw=0, label="10 to 90 % of channels")
         twins.append(ax.twinx())
-        step1 = quant["layers"][f"blocks.{block}.attn.av"]["a"]["step1"]
-        stairs = dict(color=EDGE, lw=2, baseline=None, label="step $s_1$ (right)")
-        twins[-1].stairs(step1.log2().expand(groups).numpy(), starts, **stairs)
+        scale1 = quant["layers"][f"blocks.{block}.attn.av"]["a"]["scale1"]
+        stairs = dict(color=EDGE, lw=2, baseline=None, label="scale $s_1$ (right)")
+        twins[-1].stairs(scale1.log2().expand(groups).numpy(), starts, **stairs)
         ax.set(title=f"block {block}", xlim=starts[[0, -1]], ylim=(0, 1.02), xlabel="timestep t")
     ends = [edge for twin in twins for edge in twin.dataLim.intervaly]
     powers = range(round(min(ends)) - 1, round(max(ends)) + 2)
@@ -167,20 +176,24 @@ def draw_samples(run, models, columns):
 def main(args):
     calib, command = load_calib(args.run), f"python 03_quantize.py --run {args.run}"
     path = need(args.run / f"quant_{args.bits}.pt", f"{command}, for {args.bits}")
-    quant, settings = load_artifact(path, "quant", "03_quantize.py"), calib["settings"]
+    quant, settings = load_quant(path), calib["settings"]
     if not quant["settings"]["mrq"]:
         raise InputError(f"{path} has no MRQ: run 03_quantize.py without --no-mrq")
     name = f"{Path(settings['ckpt']).stem}, {args.bits.upper()}, T = {settings['steps']}"
     depth = settings["config"]["depth"]
     t, kept = record(calib, sorted({0, depth // 2, depth - 1}), args.per_group)
     info = f"{name}, G = {settings['groups']}; full-precision values of {len(t)} calibration rows"
-    save(args.out / "fig2_histograms.png", draw_histograms(quant, kept, depth // 2, info))
-    info += "; shades: time groups"
-    save(args.out / "fig3_softmax_over_time.png", draw_over_time(calib, quant, t, kept, info))
     there = [model for model in MODELS if (args.run / f"samples_{model}.npz").is_file()]
-    figure = draw_samples(args.run, args.models or ["fp", *there], args.columns)
-    save(args.out / "fig6_samples.png", figure)
-    save(args.out / "layer_error.png", layer_error(args.run, args.bits, name))
+    figures = dict(
+        fig2_histograms=draw_histograms(quant, kept, depth // 2, info),
+        fig3_softmax_over_time=draw_over_time(
+            calib, quant, t, kept, f"{info}; shades: time groups"
+        ),
+        fig6_samples=draw_samples(args.run, args.models or ["fp", *there], args.columns),
+        layer_error=layer_error(args.run, args.bits, name),
+    )
+    for stem, figure in figures.items():
+        save(args.out / f"{stem}.png", figure)
 
 
 def parse_args():
@@ -188,7 +201,7 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--run", type=Path, default=Path("runs/demo"))
-    p.add_argument("--out", type=Path, default=Path("demo"), help="folder of the pictures")
+    p.add_argument("--out", type=Path, default=Path("docs"), help="folder of the pictures")
     p.add_argument("--bits", default="w6a6", help="of the quant files, as in their names")
     p.add_argument("--models", nargs="+", help="rows of fig6; default: fp and those that are there")
     p.add_argument("--columns", type=int, default=10, help="images of each model")

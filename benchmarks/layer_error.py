@@ -4,14 +4,13 @@ The error is Eq. (16), a layer's squared output error weighted by the squared gr
 and summed over the calibration rows, as 03_quantize.py reports it. figures.py is the script.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import processes  # noqa: F401  puts the repository root on the path
 
-from models_dit import InputError, load_artifact, write_atomic
+from common.artifacts import atomic_write
+from common.cli import InputError
+from common.quant_file import load_quant
 
 try:
     from matplotlib import rcParams
@@ -25,7 +24,7 @@ RUNGS = {  # tag: name and color, the same in every panel
     "ho": ("+ HO", BLUE),
     "ho_mrq": ("+ MRQ", "#d55e00"),
     "full": ("+ TGQ", "#009e73"),
-    "best": ("best", "#aa4499"),
+    "plus": ("TQ-DiT plus", "#aa4499"),
 }
 
 
@@ -40,7 +39,7 @@ def canvas(height, title, info, width=9):
     """A figure of this size in inches with title and settings; the axes go below them.
     InputError without matplotlib."""
     if Figure is None:
-        raise InputError("matplotlib is missing: pip install -r requirements.txt")
+        raise InputError("matplotlib is missing: pip install -r requirements-dev.txt")
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "text.color": INK})
     fig = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     fig.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.62 / height), w_pad=0.08)
@@ -50,23 +49,24 @@ def canvas(height, title, info, width=9):
 
 
 def save(path, fig):
-    write_atomic(path, lambda file: fig.savefig(file, format="png"))
+    with atomic_write(path) as file:
+        fig.savefig(file, format="png")
     print(f"wrote {path}, {path.stat().st_size / 2**10:.0f} KiB")
 
 
 def load_rungs(run, bits):
-    """Quant files by tag; InputError if one is missing or they do not compare. `best` is drawn if
+    """Quant files by tag; InputError if one is missing or they do not compare. `plus` is drawn if
     it is there and compares."""
     command, quants = "make tables", {}
     paths = {tag: run / f"quant_{bits}_{tag}.pt" for tag in RUNGS}
     if not paths["full"].is_file():
         paths["full"] = run / f"quant_{bits}.pt"
     for tag, path in paths.items():
-        if tag != "best" or path.is_file():
-            quants[tag] = load_artifact(need(path, command), "quant", "03_quantize.py")
+        if tag != "plus" or path.is_file():
+            quants[tag] = load_quant(need(path, command))
     terms = {tag: compared(quant) for tag, quant in quants.items()}
-    if terms.get("best") != terms["base"]:
-        quants.pop("best", None)
+    if terms.get("plus") != terms["base"]:
+        quants.pop("plus", None)
     if any(terms[tag] != terms["base"] for tag in quants):
         raise InputError(f"{run}: rungs of other rows or gradients; run `{command}`")
     return quants
@@ -75,23 +75,25 @@ def load_rungs(run, bits):
 def compared(quant):
     """What two quant files must share for their errors to compare."""
     settings, inputs = quant["settings"], quant["inputs"]
-    return settings["rows"], settings["layers"], inputs["calib"], inputs.get("grads")
+    layers = settings.get("layers", "released")  # methods/tqdit_plus.py has no such choice
+    return settings["rows"], layers, inputs["calib"], inputs["grads"]
 
 
-def cost_table(reports):
-    """Kinds of layers, and their cost (rungs, kinds, blocks); NaN where a block has no such layer.
+def cost_table(costs):
+    """Kinds of layers, and their cost (rungs, kinds, blocks), of costs by name, one dict for each
+    rung, of the layers that the first has; NaN where a block has no such layer.
     The embedder stands in the first column, the final layer in the last."""
-    depth = 1 + max(int(name.split(".")[1]) for name in reports[0] if name.startswith("blocks."))
+    depth = 1 + max(int(name.split(".")[1]) for name in costs[0] if name.startswith("blocks."))
     cells = {}
-    for name in reports[0]:
+    for name in costs[0]:
         block, kind = depth - 1 if name.startswith("final") else 0, name
         if name.startswith("blocks."):
             _, block, _, kind = name.split(".", 3)
         cells[name] = kind.replace("final_layer.linear", "final"), int(block)
     kinds = list(dict.fromkeys(kind for kind, _ in cells.values()))
-    table = np.full((len(reports), len(kinds), depth), np.nan)
+    table = np.full((len(costs), len(kinds), depth), np.nan)
     for name, (kind, block) in cells.items():
-        table[:, kinds.index(kind), block] = [report[name]["cost"] for report in reports]
+        table[:, kinds.index(kind), block] = [rung[name] for rung in costs]
     return kinds, table
 
 
@@ -151,7 +153,7 @@ def draw_error(kinds, table, tags, info):
 def layer_error(run, bits, name):
     """The picture of a run at these bits, as a figure; `name` leads its line of settings."""
     quants = load_rungs(run, bits)
-    kinds, table = cost_table([quant["report"]["layers"] for quant in quants.values()])
+    kinds, table = cost_table([quant["report"]["costs"] for quant in quants.values()])
     rows = quants["base"]["settings"]["rows"] or "all"
     info = f"{name}, {rows} calibration rows; Eq. (16), baseline: uniform, MSE; "
     return draw_error(kinds, table, list(quants), info + "numbers: change from rung to rung, %")

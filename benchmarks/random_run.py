@@ -1,69 +1,74 @@
-"""A run of random weights and random calibration rows, as 01 would have written it, and the
-numbered scripts as modules and as processes. For calibration.py."""
+"""A model of random weights, a run of it with random calibration rows as 01 would write it, the
+layers that are quantized, and scripts as processes."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 import tempfile
-import time
 
 import torch
-from sampling import ROOT, STEPS, dit, lively, q
+
+from processes import ROOT, timed
+
+from common.artifacts import provenance, save_artifact, sha256_of
+from common.cli import InputError
+from common.offload import units
+from models_dit import LAYERS, Diffusion, DiT
+from quant_ops import time_group
+
+STEPS = 250  # T, the paper's
 
 
-def load_script(name):
-    """A numbered script as a module."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def lively(config, device):
+    """A DiT of this shape with random weights: no gate is zero, no number explodes."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = DiT(**config)
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed":
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 / 2)
+    return model.to(device).eval().requires_grad_(False)  # positions come from numpy
 
 
-def flags_of(module, *flags):
-    """What the script's parser makes of these flags."""
-    sys.argv = [module.__file__, *map(str, flags)]
-    return module.parse_args()
+def released_layers(model, unit):
+    """The LayerSpec of every layer of a unit that the released variant quantizes (D6), by name."""
+    prefix, kind = units(model)[unit], unit.split("_")[0]
+    specs = [spec for spec in LAYERS if spec.unit == kind and not spec.conditioning]
+    return {prefix + spec.name: spec for spec in specs}
 
 
 def random_rows(config, count, groups):
     """Rows of calib.pt, about as many of every time group: noise x_0, and x_t drawn from it."""
-    diffusion = dit.Diffusion(STEPS)
+    diffusion = Diffusion(STEPS)
     group = torch.arange(groups).repeat_interleave(-(-count // groups))
     t = ((group + torch.rand(len(group))) * STEPS / groups).long().clamp(max=STEPS - 1)
     x_0 = torch.randn(len(t), config["in_channels"], *[config["input_size"]] * 2)
     y = torch.randint(config["num_classes"] + 1, (len(t),))
     x = diffusion.q_sample(x_0, t, torch.randn_like(x_0))
-    return dict(trajectory=group, t=t, group=q.time_group(t, STEPS, groups), y=y, x=x, x_0=x_0)
+    return dict(trajectory=group, t=t, group=time_group(t, STEPS, groups), y=y, x=x, x_0=x_0)
 
 
-def write_run(run, config, args, rows):
+def write_run(run, config, rows, groups):
     """RUN/dit.pt and RUN/calib.pt as 01 writes them."""
     torch.manual_seed(0)
     run.mkdir(parents=True, exist_ok=True)
     ckpt, defaults = run / "dit.pt", dict(input_size=32, in_channels=4, num_classes=1000)
     config = defaults | dict(mlp_ratio=4.0, learn_sigma=True) | config
     torch.save(lively(config, "cpu").state_dict(), ckpt)
-    knobs = dict(steps=STEPS, groups=args.groups, per_group=rows // args.groups, seed=0)
-    knobs |= dict(trajectories=64, cfg_scale=1.5, cfg_channels=3, vae="mse")
-    knobs |= dict(ckpt=str(ckpt), config=config)
-    inputs = {"checkpoint": dit.sha256_of(ckpt)}
-    head = dit.header("calib", knobs, inputs, torch.device("cpu"))
-    parts = dict(calibration=rows, validation=args.groups)
-    parts = {k: random_rows(config, n, args.groups) for k, n in parts.items()}
-    dit.save_artifact(run / "calib.pt", head | parts)
+    settings = dict(steps=STEPS, groups=groups, per_group=rows // groups, seed=0)
+    vae = "mse" if config["in_channels"] == 4 else "none"
+    settings |= dict(trajectories=64, cfg_scale=1.5, cfg_channels=3, vae=vae)
+    settings |= dict(ckpt=str(ckpt), config=config)
+    inputs = {"checkpoint": sha256_of(ckpt)}
+    head = provenance("calib", settings, inputs, torch.device("cpu"))
+    head["calibration"] = random_rows(config, rows, groups)
+    head["validation"] = random_rows(config, groups, groups)
+    save_artifact(run / "calib.pt", head)
 
 
 def run_phase(name, *flags, launcher=()):
-    """A numbered script as a process: seconds, peak MiB of memory, what it printed."""
-    command = [sys.executable, *launcher, ROOT / f"{name}.py", *map(str, flags)]
-    start = time.perf_counter()
+    """A script as a process: seconds, peak MiB of host memory, what it printed."""
     with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        status, seconds, peak = timed([*launcher, ROOT / f"{name}.py", *flags], out)
         out.seek(0)
         text = out.read()
-    if process.returncode:
-        raise dit.InputError(f"{name}.py failed")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024, text
+    if status:
+        raise InputError(f"{name}.py failed: {text.strip().rpartition(chr(10))[2]}")
+    return seconds, peak, text

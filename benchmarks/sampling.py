@@ -2,7 +2,7 @@
 
 Every contender takes some steps in turn, in alternating order, for some rounds; guidance is on. The
 ratio is the median over rounds of its time to that of full precision in the same round.
-Weights: the demo's checkpoint, and random ones, all gates open, in the shape of DiT-XL/2. Steps of
+Weights: the demo's checkpoint, and random ones, all gates open, in the shape of DiT-XL/2. Scales of
 the quantizers are min-max ones of a single forward pass: values do not change the time.
 --official is a checkout of github.com/facebookresearch/DiT; its code imports timm.
 
@@ -12,7 +12,6 @@ the quantizers are min-max ones of a single forward pass: values do not change t
 
 import argparse
 import copy
-import platform
 import sys
 import time
 from contextlib import nullcontext
@@ -21,66 +20,67 @@ from statistics import median
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import models_dit as dit  # noqa: E402
-import quant_ops as q  # noqa: E402
+from processes import ROOT, hardware
+from random_run import STEPS, lively, released_layers
 
-STEPS, GROUPS, BITS, GUIDANCE = 250, 10, 8, 1.5  # the paper's
+from common.checkpoints import load_dit
+from common.cli import InputError, pick_device, run_script
+from common.offload import units
+from common.quant_file import build_quantized, linear_state, matmul_state, quantized_parts
+from models_dit import (
+    Diffusion, DiT_models, MatMul, explicit_products, image_generators, trajectory,
+)  # fmt: skip
+from quant_ops import (
+    FullPrecision, SoftmaxQuantizer, gelu_candidates, softmax_grid, uniform_candidates,
+)  # fmt: skip
+
+GROUPS, BITS, GUIDANCE = 10, 8, 1.5  # the paper's
 FULL = "ours, full precision"
 
 
-def lively(config, device):
-    """A DiT of this shape with random weights: no gate is zero, no number explodes."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = dit.DiT(**config)
-    for name, parameter in model.named_parameters():
-        if name != "pos_embed":
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 / 2)
-    return model.to(device).eval().requires_grad_(False)  # positions come from numpy
+def layer_state(layer, spec, ranges):
+    """What 03 would write of a layer, scales from min-max; `ranges` are those of its inputs."""
+    uniform = [uniform_candidates(*ends, BITS)[0] for ends in ranges]
+    if isinstance(layer, MatMul):
+        softmax = SoftmaxQuantizer(BITS, softmax_grid(BITS)[4].repeat(GROUPS))
+        return matmul_state(softmax if spec.post_softmax else uniform[0], uniform[1])
+    Q_X = gelu_candidates(*ranges[0], BITS)[0] if spec.post_gelu else uniform[0]
+    if spec.reads_image:  # D6
+        Q_X = FullPrecision()
+    weight = layer.weight.flatten(1)
+    Q_W = uniform_candidates(*weight.aminmax(dim=1, keepdim=True), BITS)[0]
+    return linear_state(layer, weight, Q_W, Q_X)
 
 
-def layer_state(name, layer, ranges):
-    """What 03 would write of a layer, steps from min-max; `ranges` are those of its inputs."""
-    uniform = [q.quantizer_state(q.uniform_candidates(*range_, BITS)[0]) for range_ in ranges]
-    if isinstance(layer, dit.MatMul):
-        softmax = q.SoftmaxQuantizer(BITS, q.softmax_grid(BITS)[4].repeat(GROUPS))
-        a = q.quantizer_state(softmax) if name.endswith("av") else uniform[0]
-        return dict(type="matmul", a=a, b=uniform[1])
-    weight, act = layer.weight.flatten(1).cpu(), uniform[0]
-    if name.endswith("fc2"):
-        act = q.quantizer_state(q.gelu_candidates(*ranges[0], BITS)[0])
-    conv = name.startswith("x_embedder")
-    step_zero = q.qparams_from_range(*weight.aminmax(dim=1, keepdim=True), BITS)
-    return dict(
-        type="conv" if conv else "linear",
-        weight=q.pack_weight(layer.weight.cpu(), *step_zero, BITS),
-        bias=layer.bias.cpu(),
-        act=q.quantizer_state(q.FullPrecision()) if conv else act,  # Deviation D6
-        balance=None,
-    )
-
-
-def quantize(model, config, batch):
-    """The W8A8 model that `build_quantized` makes of a file with the released layers (D6)."""
-    kinds = "x_embedder.proj qkv qk av attn.proj fc1 fc2 final_layer.linear".split()
-    layers = {n: m for n, m in model.named_modules() if n.endswith(tuple(kinds))}
+def input_ranges(model, names, batch):
+    """The least and the greatest value of each input of these layers, by name."""
     ranges, hooks = {}, []
-    for name, layer in layers.items():
+    for name in names:
+
         def keep(_, inputs, name=name):
-            ranges[name] = [x.cpu().aminmax() for x in inputs if x is not None]
-        hooks.append(layer.register_forward_pre_hook(keep))
-    dit.explicit_products(model)(*batch)
+            ranges[name] = [x.aminmax() for x in inputs if x is not None]
+
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(keep))
+    explicit_products(model)(*batch)
     for hook in hooks:
         hook.remove()
     for block in model.blocks:
         block.attn.fused = True
-    states = {name: layer_state(name, layer, ranges[name]) for name, layer in layers.items()}
-    rest = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in states}
-    table = q.group_table(dit.Diffusion(STEPS).timestep_map, GROUPS)
-    artifact = dict(config=config, state=rest, layers=states, group_table=table)
-    return q.build_quantized(artifact, "this model").to(batch[0].device)
+    return ranges
+
+
+def quantize(model, config, batch):
+    """The W8A8 model that `build_quantized` makes of a file with the released layers (D6)."""
+    layers = {}
+    for unit in units(model):
+        layers |= released_layers(model, unit)
+    ranges = input_ranges(model, layers, batch)
+    states = {
+        name: layer_state(model.get_submodule(name), spec, ranges[name])
+        for name, spec in layers.items()
+    }
+    file = quantized_parts(model, config, states, STEPS, GROUPS)
+    return build_quantized(file, "this model").to(batch[0].device)
 
 
 def load_official(path, config, model):
@@ -90,7 +90,7 @@ def load_official(path, config, model):
         import diffusion
         import models
     except ImportError as error:
-        raise dit.InputError(f"--official {path}: {error}") from error
+        raise InputError(f"--official {path}: {error}") from error
     theirs = models.DiT(**config).to(model.pos_embed.device).eval()
     theirs.load_state_dict(model.state_dict())
     return theirs, diffusion.create_diffusion(str(STEPS))
@@ -102,28 +102,32 @@ def official(theirs, sampler, x, y, null):
     noise = torch.cat([x, x])
     while True:
         yield from sampler.p_sample_loop_progressive(
-            theirs.forward_with_cfg, noise.shape, noise, clip_denoised=False,
-            model_kwargs=keywords, device=y.device,
+            theirs.forward_with_cfg,
+            noise.shape,
+            noise,
+            clip_denoised=False,
+            model_kwargs=keywords,
+            device=y.device,
         )
 
 
 def ours(model, y, compiled=False):
     """Endless sampling steps of `trajectory`."""
-    model, diffusion = copy.copy(model), dit.Diffusion(STEPS, y.device)
+    model, diffusion = copy.copy(model), Diffusion(STEPS, y.device)
     if compiled:
         model.compile()
     while True:
-        generators = dit.image_generators(0, range(len(y)))
-        yield from dit.trajectory(model, diffusion, y, generators, GUIDANCE)
+        generators = image_generators(0, range(len(y)))
+        yield from trajectory(model, diffusion, y, generators, GUIDANCE)
 
 
 def contenders(name, args):
     """Label -> endless iterator over sampling steps."""
     if name == "demo":
-        model, config = dit.load_dit(ROOT / "demo" / "dit_mnist.pt")
+        model, config = load_dit(ROOT / "demo" / "dit_mnist.pt")
         model = model.to(args.device)
     else:
-        config = dit.DiT_models["DiT-XL/2"] | ({"depth": args.blocks} if args.blocks else {})
+        config = DiT_models["DiT-XL/2"] | ({"depth": args.blocks} if args.blocks else {})
         model = lively(config, args.device)
     y = torch.arange(args.batch_size, device=args.device) % model.num_classes
     x = torch.randn(len(y), model.in_channels, *[model.input_size] * 2, device=args.device)
@@ -152,17 +156,9 @@ def seconds(run, args):
     return (time.perf_counter() - start) / args.steps
 
 
-def hardware(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def main(args):
-    print(f"{hardware(args.device)}; torch {torch.__version__}; {args.dtype}, TF32 off; ", end="")
+    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{hardware(args.device)}, {threads}; {args.dtype}, TF32 off; ", end="")
     print(f"batch {args.batch_size}, doubled by guidance; medians of {args.rounds} rounds")
     for name in args.models:
         with torch.no_grad():
@@ -196,9 +192,9 @@ def parse_args():
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument("--device", type=dit.pick_device, default=device)
+    p.add_argument("--device", type=pick_device, default=device)
     return p.parse_args()
 
 
 if __name__ == "__main__":
-    dit.run_script(main, parse_args)
+    run_script(main, parse_args)

@@ -1,45 +1,51 @@
 """benchmarks/sampling.py runs, measures a model that is one, and no step of it waits for a GPU;
 benchmarks/calibration.py counts, measures, and agrees with the plain way."""
 
+import argparse
 import re
-import subprocess
+import shutil
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, needs_stand_in
+from conftest import ROOT, needs_fake_cuda, refused, run_in_process
 from torch.profiler import ProfilerActivity, profile
 
+from quant_ops import QuantLinear, QuantMatMul
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import layer_table  # noqa: E402
+import random_run  # noqa: E402
 import sampling  # noqa: E402
 
 CONFIG = dict(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5)
+SMALL = "--model DiT-Demo/4 --depth 1 --rows 10 --rounds 1".split()
 
 
-def run(*flags, script="sampling"):
-    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--device", "cpu", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def run(script, *flags):
+    return run_in_process(f"benchmarks/{script}", *flags)
 
 
 def quantized(device="cpu"):
     """A tiny lively DiT, its W8A8 twin, labels (4,), and eps of both, (4, C, H, W)."""
-    model, y = sampling.lively(CONFIG, device), torch.arange(4, device=device)
+    model, y = random_run.lively(CONFIG, device), torch.arange(4, device=device)
     batch = torch.randn(4, 4, 8, 8, device=device), torch.full_like(y, 500), y
     twin = sampling.quantize(model, CONFIG, batch)
     return twin, y, model(*batch), twin(*batch)
 
 
 def test_quantized_model_is_near_full_precision_and_not_equal():
-    """8 bits with min-max steps: an error of 0.1 to 10 %, and all 14 layers are swapped."""
+    """8 bits with min-max scales: an error of 0.1 to 10 %, and all 14 layers are swapped."""
     twin, _, wanted, found = quantized()
     assert 1e-3 < ((found - wanted).norm() / wanted.norm()).item() < 0.1
-    swapped = [m for m in twin.modules() if type(m) in sampling.q.LAYERS.values()]
+    swapped = [m for m in twin.modules() if isinstance(m, QuantLinear | QuantMatMul)]
     assert len(swapped) == 1 + 6 * 2 + 1 and twin.group_table.unique().tolist() == [*range(10)]
 
 
 def test_table_has_a_row_for_each_contender():
     """The demo in a second: hardware first, then ratios, full precision's own being 1."""
-    result = run("--models", "demo", "--batch-size", "1", "--rounds", "1", "--no-compile")
+    flags = "--models demo --batch-size 1 --rounds 1 --no-compile".split()
+    result = run("sampling", *flags)
     assert result.returncode == 0, result.stderr
     assert torch.__version__ in result.stdout.splitlines()[0]
     assert re.search(r"\| ours, full precision \| [\d.]+ \| 1.00 \|", result.stdout)
@@ -48,43 +54,93 @@ def test_table_has_a_row_for_each_contender():
 
 def test_checkout_that_is_none_is_refused_in_one_line():
     """--official NOWHERE: status 2 and the reason."""
-    result = run("--models", "demo", "--official", "nowhere")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "--official nowhere" in result.stderr
+    refused(run("sampling", "--models", "demo", "--official", "nowhere"), "--official nowhere")
 
 
-def test_calibration_has_a_row_for_each_kind_and_chooses_the_plain_way_s_steps():
-    """A block of the demo's shape: eight kinds of layers, the scripts, the same steps."""
-    flags = "--model DiT-Demo/4 --depth 1 --rows 10 --rounds 1 --reference".split()
-    result = run(*flags, script="calibration")
+@pytest.fixture
+def w8a8_run(tiny_run, tmp_path):
+    """A copy of the finished run with a W8A8 model too, R = 1."""
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    flags = "--wbits 8 --abits 8 --rounds 1".split()
+    made = run_in_process("03_quantize", "--run", folder, *flags)
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+def test_the_plain_way_chooses_03_s_scales(w8a8_run):
+    """Every layer's, but for ties; and it says so if they are others."""
+    result = run("plain_way", "--run", w8a8_run, "--batch-size", 5)
     assert result.returncode == 0, result.stderr
-    kinds = re.findall(r"^\| ([\w.]+) \| [\d.e-]+ \|", result.stdout, re.M)
-    assert len(kinds) == 9 and kinds[-1] == "all" and "mlp.fc2" in kinds
-    assert "02_grad_cache:" in result.stdout and "03_quantize:" in result.stdout
-    assert float(re.search(r"chooses ([\d.]+)% of the same", result.stdout)[1]) > 99
+    assert float(re.search(r"([\d.]+)% are the plain way's", result.stdout)[1]) > 99
+    quant = torch.load(w8a8_run / "quant_w8a8.pt", weights_only=True)
+    for layer in quant["layers"].values():
+        if layer["type"] == "linear":
+            layer["weight"]["scale"] *= 1.01
+    torch.save(quant, w8a8_run / "quant_w8a8.pt")
+    result = run("plain_way", "--run", w8a8_run)
+    assert float(re.search(r"([\d.]+)% are the plain way's", result.stdout)[1]) < 50
 
 
-@needs_stand_in
-def test_calibration_tells_what_memory_a_gpu_would_need():
-    """--stand-in: the peaks of 02 and 03, the demo's first block in chunks of a MiB."""
-    flags = "--model DiT-Demo/4 --depth 1 --rows 10 --groups 5 --rounds 1 --memory-limit 1".split()
-    result = run(*flags, "--stand-in", script="calibration")
-    assert result.returncode == 0, result.stderr
-    peaks = [int(peak) for peak in re.findall(r"peak GPU memory (\d+) MiB", result.stdout)]
-    assert len(peaks) == 2 and 1 <= min(peaks) and max(peaks) < 20
+def test_layer_table_has_a_row_for_each_kind(tiny_run, capsys):
+    """Products are counted by hand for fc2 of both blocks: 300 candidates, 12 rows of 16 tokens,
+    128 inputs, 32 outputs. No more losses are computed than there are."""
+    args = argparse.Namespace(
+        rounds=1, memory_limit=0.02, compile=False, device=torch.device("cpu")
+    )
+    table = layer_table.layer_table(tiny_run, (1e9, 1e9, 1e9), args)
+    layer_table.print_table(table)
+    kinds = re.findall(r"^\| ([\w.]+) \| [\d.e-]+ \|", capsys.readouterr().out, re.M)
+    assert len(kinds) == 9 and kinds[-1] == "all"
+    work, *_, possible, computed = table["mlp.fc2"].tolist()
+    assert work == 2 * 300 * 2 * 12 * 16 * 128 * 32
+    assert 0 < computed < possible
 
 
-def test_calibration_of_the_best_preset_counts_no_products():
-    """Its candidates are others: one line says what to give."""
-    result = run("--preset", "best", script="calibration")
-    assert result.returncode == 2 and "--no-layers" in result.stderr
+def test_calibration_counts_no_products_of_other_methods():
+    """Their candidates are others: one line says what to give."""
+    refused(run("calibration", "--method", "plus"), "--no-layers")
 
 
 def test_calibration_counts_the_paper_s_products():
     """fc2 of DiT-XL/2: 900 candidates x 320 rows x 28 blocks x 2 x 256 x 1152 x 4608."""
-    result = run("--model", "DiT-XL/2", "--paper", script="calibration")
+    result = run("calibration", "--model", "DiT-XL/2", "--paper")
     work = 900 * 320 * 28 * 2 * 256 * 1152 * 4608 / 1e15
     assert f"| mlp.fc2 | 900 | {work:.3g} |" in result.stdout
+
+
+@pytest.mark.slow
+def test_calibration_times_both_phases_and_the_plain_way(tmp_path):
+    """A block of the demo's shape; the scripts as processes. Nothing is left in --folder."""
+    result = run("calibration", *SMALL, "--reference", "--folder", tmp_path)
+    assert result.returncode == 0, result.stderr
+    for name in ("02_grad_cache", "03_quantize"):
+        assert re.search(rf"{name}: [\d.]+ s, peak host memory \d+ MiB", result.stdout)
+    assert "| mlp.fc2 |" in result.stdout
+    assert float(re.search(r"([\d.]+)% are the plain way's", result.stdout)[1]) > 99
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, cases", [(["--method", "plus"], 1), (["--scaling"], 5)])
+def test_calibration_times_other_methods_and_sizes(flags, cases):
+    """methods/tqdit_plus.py in 03's place; or rows, depth and width doubled, each beside a base."""
+    result = run("calibration", *SMALL, "--no-layers", *flags)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"^grads/: \d+ MiB", result.stdout, re.M)) == cases
+    assert ("methods/tqdit_plus: " in result.stdout) == ("plus" in flags)
+    ratios = re.findall(r"^\| (rows|depth|width) \| [\d.]+ \|", result.stdout, re.M)
+    assert len(ratios) == (3 if cases > 1 else 0)
+
+
+@pytest.mark.slow
+@needs_fake_cuda
+def test_calibration_tells_what_memory_a_gpu_would_need():
+    """--fake-cuda: the peaks of 02 and 03, the demo's first block in chunks of a MiB."""
+    flags = [*SMALL, "--groups", "5", "--memory-limit", "1", "--fake-cuda"]
+    result = run("calibration", *flags)
+    assert result.returncode == 0, result.stderr
+    peaks = [int(peak) for peak in re.findall(r"peak GPU memory (\d+) MiB", result.stdout)]
+    assert len(peaks) == 2 and 1 <= min(peaks) and max(peaks) < 20
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """demo/train_demo.py: the losses it is trained with, and that a killed training resumes."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,11 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, load_script
 
-spec = importlib.util.spec_from_file_location("train_demo", ROOT / "demo" / "train_demo.py")
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
+train = load_script("demo/train_demo")
 
 
 def test_normal_kl_equals_torch_distributions():
@@ -51,6 +48,7 @@ def run_training(out, data, kill_after=None):
     return subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_and_ends_with_the_same_bytes(tmp_path):
     """Weights, feature network and statistics equal those of a run that nothing disturbed."""
     rng = np.random.default_rng(0)

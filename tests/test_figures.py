@@ -1,14 +1,12 @@
 """benchmarks/figures.py: the borders and tables that it draws, its pictures and its refusals."""
 
-import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
+from conftest import ROOT
 from PIL import Image
 
 from quant_ops import mrq_gelu, mrq_softmax
@@ -22,13 +20,15 @@ import layer_error  # noqa: E402
 PICTURES = ["fig2_histograms", "fig3_softmax_over_time", "fig6_samples", "layer_error"]
 
 
-def draw(run, out, *flags, env=None):
-    """The script as a person runs it; returns the CompletedProcess."""
-    command = [sys.executable, "benchmarks/figures.py", "--run", run, "--out", out, *flags]
-    environment = os.environ | ENVIRONMENT | (env or {})
-    return subprocess.run(
-        [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+def draw(monkeypatch, capsys, run, out):
+    """figures.py on a run, in this process: its exit status, and what it says on stderr."""
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--run", str(run), "--out", str(out)])
+    status = 0
+    try:
+        figures.run_script(figures.main, figures.parse_args)
+    except SystemExit as stop:
+        status = stop.code
+    return status, capsys.readouterr().err
 
 
 @pytest.fixture
@@ -37,32 +37,40 @@ def run(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     for i, tag in enumerate(("base", "ho", "ho_mrq")):
         quant = torch.load(run / "quant_w6a6.pt", weights_only=True)
-        for layer in quant["report"]["layers"].values():
-            layer["cost"] *= 2 ** (3 - i)
+        for name in quant["report"]["costs"]:
+            quant["report"]["costs"][name] *= 2 ** (3 - i)
         torch.save(quant, run / f"quant_w6a6_{tag}.pt")
     return run
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6])
 @pytest.mark.parametrize("exponent", [-1, -3, -6, -12])
-def test_softmax_border_parts_the_multiples_of_the_two_steps(bits, exponent):
+def test_softmax_border_parts_the_multiples_of_the_two_scales(bits, exponent):
     """Sec. III-C: below it values are multiples of s_1 and under R2's first half step, above it
     multiples of 1 / 2^(k-1). The grid of x holds the border itself."""
-    step1 = torch.tensor([2.0**exponent, 2.0 ** (exponent - 1)]) / 2 ** (bits - 1)
-    border = figures.softmax_border(step1, bits)
-    for s, edge in zip(step1, border, strict=True):
+    scale1 = torch.tensor([2.0**exponent, 2.0 ** (exponent - 1)]) / 2 ** (bits - 1)
+    border = figures.softmax_border(scale1, bits)
+    for s, edge in zip(scale1, border, strict=True):
         x = torch.cat([torch.linspace(0, 1, 4001), edge[None], edge[None] * (1 - 1e-6)])
-        out, step2 = mrq_softmax(x, s, bits), 2.0 ** (1 - bits)
-        low, high = out[x < edge] / s, out[x >= edge] / step2
+        out, scale2 = mrq_softmax(x, s, bits), 2.0 ** (1 - bits)
+        low, high = out[x < edge] / s, out[x >= edge] / scale2
         assert torch.equal(low, low.round()) and low.max() <= 2 ** (bits - 1) - 1
         assert torch.equal(high, high.round()) and high.min() >= 1
 
 
+@pytest.mark.parametrize("exponent", [0, -1, -3, -12])
+def test_softmax_levels_are_the_values_of_mrq_softmax(exponent):
+    """A fine sweep of [0, 1] gives these levels and no other."""
+    scale1 = torch.tensor(2.0**exponent) / 2**3
+    found = mrq_softmax(torch.linspace(0, 1, 200_001), scale1, 4).unique()
+    torch.testing.assert_close(figures.softmax_levels(scale1, 4), found)
+
+
 def test_gelu_levels_are_the_values_of_mrq_gelu():
     """A fine sweep far past both ends gives these levels and no other."""
-    step1, step2 = torch.tensor(0.01), torch.tensor(0.3)
-    found = mrq_gelu(torch.linspace(-1, 20, 200_001), step1, step2, 4).unique()
-    torch.testing.assert_close(figures.gelu_levels(step1, step2, 4), found)
+    scale1, scale2 = torch.tensor(0.01), torch.tensor(0.3)
+    found = mrq_gelu(torch.linspace(-1, 20, 200_001), scale1, scale2, 4).unique()
+    torch.testing.assert_close(figures.gelu_levels(scale1, scale2, 4), found)
 
 
 def test_channel_maxima_are_over_heads_and_queries_of_a_timestep():
@@ -79,8 +87,8 @@ def test_channel_maxima_are_over_heads_and_queries_of_a_timestep():
 def test_cost_table_puts_every_layer_in_its_cell():
     """The embedder in the first column, the final layer in the last, blocks in their own."""
     names = ["x_embedder.proj", "blocks.0.mlp.fc1", "blocks.1.mlp.fc1", "final_layer.linear"]
-    reports = [{name: {"cost": 10.0 * i + j} for j, name in enumerate(names)} for i in range(2)]
-    kinds, table = layer_error.cost_table(reports)
+    costs = [{name: 10.0 * i + j for j, name in enumerate(names)} for i in range(2)]
+    kinds, table = layer_error.cost_table(costs)
     assert kinds == ["x_embedder.proj", "fc1", "final"]
     nan = np.nan
     np.testing.assert_equal(table[1], [[10, nan], [11, 12], [nan, 13]])
@@ -97,10 +105,9 @@ def test_record_gives_softmax_rows_that_sum_to_one_and_a_part_of_each_group(tiny
         assert kept[block, "fc2"].shape[:2] == (6, 16) and kept[block, "fc2"].min() > -0.1701
 
 
-def test_pictures_appear_and_have_content(run, tmp_path):
+def test_pictures_appear_and_have_content(run, tmp_path, monkeypatch, capsys):
     """Four pictures; every one has ink, paper and more than two colors."""
-    done = draw(run, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    assert draw(monkeypatch, capsys, run, tmp_path / "out") == (0, "")
     for name in PICTURES:
         image = np.asarray(Image.open(tmp_path / "out" / f"{name}.png").convert("RGB"))
         colors = np.unique(image.reshape(-1, 3), axis=0)
@@ -108,14 +115,14 @@ def test_pictures_appear_and_have_content(run, tmp_path):
         assert (image == 255).all(2).mean() < 0.97 and image.min() < 80, name
 
 
-def test_steps_may_be_of_a_tensor_or_of_every_group(tiny_run, tmp_path):
-    """Softmax without TGQ, (), and GELU with one pair of steps for each of 3 groups, (3,)."""
+def test_scales_may_be_of_a_tensor_or_of_every_group(tiny_run, tmp_path):
+    """Softmax without TGQ, (), and GELU with one pair of scales for each of 3 groups, (3,)."""
     calib = figures.load_calib(tiny_run)
     quant = torch.load(tiny_run / "quant_w6a6.pt", weights_only=True)
     t, kept = figures.record(calib, [0], per_group=4)
-    quant["layers"]["blocks.0.attn.av"]["a"]["step1"] = torch.tensor(2.0**-8)
+    quant["layers"]["blocks.0.attn.av"]["a"]["scale1"] = torch.tensor(2.0**-8)
     act = quant["layers"]["blocks.0.mlp.fc2"]["act"]
-    act |= {key: act[key].flatten()[0] * torch.tensor([1, 2, 4]) for key in ("step1", "step2")}
+    act |= {key: act[key].flatten()[0] * torch.tensor([1, 2, 4]) for key in ("scale1", "scale2")}
     layer_error.save(tmp_path / "a.png", figures.draw_histograms(quant, kept, 0, ""))
     layer_error.save(tmp_path / "b.png", figures.draw_over_time(calib, quant, t, kept, ""))
 
@@ -139,26 +146,30 @@ def test_samples_stand_in_the_picture_pixel_for_pixel(run):
         ("quant_w6a6_ho.pt", "make tables"),
     ],
 )
-def test_missing_input_is_one_line_that_names_the_command(run, tmp_path, missing, command):
+def test_missing_input_is_one_line_that_names_the_command(
+    run, tmp_path, monkeypatch, capsys, missing, command
+):
+    """Status 2, and not even the pictures that could be drawn."""
     (run / missing).unlink()
-    done = draw(run, tmp_path / "out")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert missing in done.stderr and command in done.stderr
+    status, error = draw(monkeypatch, capsys, run, tmp_path / "out")
+    assert status == 2 and len(error.splitlines()) == 1
+    assert missing in error and command in error
+    assert not (tmp_path / "out").exists()
 
 
-def test_rungs_of_other_rows_are_refused_but_best_is_left_out(run):
+def test_rungs_of_other_rows_are_refused_but_plus_is_left_out(run):
     """Errors summed over other rows do not compare."""
     quant = torch.load(run / "quant_w6a6.pt", weights_only=True)
     quant["settings"]["rows"] = 6
-    torch.save(quant, run / "quant_w6a6_best.pt")
+    torch.save(quant, run / "quant_w6a6_plus.pt")
     assert list(layer_error.load_rungs(run, "w6a6")) == ["base", "ho", "ho_mrq", "full"]
     torch.save(quant, run / "quant_w6a6_ho.pt")
     with pytest.raises(layer_error.InputError, match="other rows"):
         layer_error.load_rungs(run, "w6a6")
 
 
-def test_without_matplotlib_one_line_says_so(run, tmp_path):
-    (tmp_path / "matplotlib.py").write_text("raise ImportError\n")
-    done = draw(run, tmp_path / "out", env={"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "matplotlib is missing" in done.stderr
+def test_without_matplotlib_one_line_says_so(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(layer_error, "Figure", None)
+    status, error = draw(monkeypatch, capsys, run, tmp_path / "out")
+    assert status == 2 and len(error.splitlines()) == 1
+    assert "matplotlib is missing" in error

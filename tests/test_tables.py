@@ -1,122 +1,229 @@
 """benchmarks/tables.py: its plan, its jobs, its intervals and its page; no sweep is run."""
 
-import importlib.util
+import json
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, load_script
 
-SCRIPTS = ("01_collect_calib", "02_grad_cache", "03_quantize", "04_sample")
+from common.checkpoints import load_calib, load_calibrated
+from common.cli import InputError
+from models_dit import Diffusion
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import measurements  # noqa: E402
+import page  # noqa: E402
+import scores  # noqa: E402
+import sweep  # noqa: E402
+import tables  # noqa: E402
+from sweep import Row  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def options(tables, monkeypatch, *flags):
+def options(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["tables.py", *flags])
     return tables.parse_args()
 
 
-def test_every_command_of_the_plan_is_one_its_script_accepts(tables, monkeypatch):
-    """All jobs of both sweeps, parsed by the scripts' own parsers; tags name their flags."""
-    scripts = {f"{name}.py": load_script(name) for name in SCRIPTS}
+def parsed(monkeypatch, command):
+    """What the script of a job makes of its flags."""
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    script = load_script(command[0].removesuffix(".py"))
+    args = script.parse_args()
+    getattr(script, "check", lambda _: None)(args)
+    return args
+
+
+def test_every_command_of_the_plan_is_one_its_script_accepts(monkeypatch):
+    """All jobs of both sweeps, parsed and checked by the scripts themselves; a tag names the file
+    that the flags make."""
     for flags in ([], ["--quick"]):
-        sweep, _ = tables.plan(options(tables, monkeypatch, *flags))
-        for *_, command, _ in (job for stage in sweep.stages for job in stage):
-            monkeypatch.setattr(sys, "argv", command)
-            args = scripts[command[0]].parse_args()
-            if command[0] == "03_quantize.py":
-                tag = args.tag or "full"
-                assert tag in tables.FLAGS and (args.preset == "best") == tag.startswith("best")
+        plan, _ = tables.plan(options(monkeypatch, *flags))
+        for _, name, command, _ in (job for stage in plan.stages for job in stage):
+            args = parsed(monkeypatch, command)
+            if name.startswith("03"):
+                assert name.removeprefix("03 ").partition("_")[2] == args.tag
 
 
-def test_the_plan_holds_what_each_table_needs(tables, monkeypatch):
+def test_every_rung_of_the_ladder_changes_one_setting(monkeypatch):
+    """methods/tqdit_plus.py with the flags of one rung and of the next; the last has none."""
+    base, before = ["methods/tqdit_plus.py", "--wbits", "6", "--abits", "6"], None
+    for tag, flags in sweep.LADDER.items():
+        now = vars(parsed(monkeypatch, base + flags))
+        if before:
+            assert sum(now[key] != before[key] for key in now) == 1, tag
+        before = now
+    assert flags == []
+
+
+def test_the_plan_holds_what_each_table_needs(monkeypatch):
     """A row's model is quantized and sampled once, from a calibration set of its T and seed."""
-    sweep, rows = tables.plan(options(tables, monkeypatch, "--quick"))
-    names = [(job[0].name, job[1]) for stage in sweep.stages for job in stage]
+    plan, rows = tables.plan(options(monkeypatch, "--quick"))
+    names = [(job.run.name, job.name) for stage in plan.stages for job in stage]
     assert len(names) == len(set(names))
-    for group in rows.values():
-        for steps, bits, tag, seed in group:
-            run, model = sweep.run(steps, seed, tag).name, tables.label(bits, tag)
-            assert {(run, "01"), (run, "02"), (run, f"03 {model}"), (run, f"04 {model}")} < {*names}
+    for row in (row for group in rows.values() for row in group):
+        jobs = ("01", "02", f"03 {row.name}", f"04 {row.name}")
+        assert {(plan.run_of(row).name, job) for job in jobs} < {*names}
     assert {("T250_seed0", "04 fp"), ("T100_seed0", "04 fp")} < {*names}
-    assert len(rows["ablation"]) == 2 * 4 * 3
+    assert len(rows["ablation"]) == 2 * 5 * 3
 
 
-def test_only_leaves_the_other_tables_out(tables, monkeypatch):
-    args = options(tables, monkeypatch, "--only", "layers", "--quick", "--num-images", "7")
-    sweep, rows = tables.plan(args)
-    assert list(rows) == ["layers"] and args.num_images == 7 and args.rounds == 1
-    assert sum(map(len, sweep.stages)) == 2 + 4 + 5  # one calibration set; FP is sampled too
+def test_only_leaves_the_other_tables_out(monkeypatch):
+    flags = ["--quick", "--num-images", "7", "--only"]
+    plan, rows = tables.plan(options(monkeypatch, *flags, "layers"))
+    assert list(rows) == ["layers"] and plan.args.num_images == 7 and plan.args.rounds == 1
+    assert sum(map(len, plan.stages)) == 2 + 4 + 5  # one calibration set; FP is sampled too
+    plan, _ = tables.plan(options(monkeypatch, *flags, "gradient"))
+    assert [len(stage) for stage in plan.stages] == [1, 1, 0, 0]
 
 
-def test_a_failed_job_stops_the_sweep_and_leaves_no_record(tables, tmp_path):
-    job = (tmp_path, "03 x", ["03_quantize.py", "--run", str(tmp_path), "--wbits", "9"], 1)
-    with pytest.raises(tables.dit.InputError, match="03 x.log"):
-        tables.perform(job)
-    assert not tables.kept(job).exists()
-    good = (tmp_path, "help", ["03_quantize.py", "--help"], 1)
-    assert tables.perform(good) == good
-    record = tables.json.loads(tables.kept(good).read_text())
-    assert record.keys() == {"command", "seconds", "peak_mib"}
+def test_a_failed_job_stops_the_sweep_and_leaves_no_record(tmp_path):
+    """Then one that goes well, with its record."""
+    command = ["03_quantize.py", "--run", str(tmp_path), "--wbits", "9"]
+    job = sweep.Job(tmp_path, "03 x", command, 1)
+    with pytest.raises(InputError, match="03 x.log"):
+        sweep.perform(job)
+    assert not job.is_done() and "abits" in job.path("log").read_text()
+    good = sweep.Job(tmp_path, "help", ["benchmarks/tables.py", "--help"], 1)
+    assert sweep.perform(good).is_done()
+    assert json.loads(good.path("json").read_text()).keys() == {"command", "seconds", "peak_mib"}
 
 
-def scores(tables, count=400, features=4):
-    """Scores over made-up features, without files."""
-    made = tables.Scores.__new__(tables.Scores)
-    made.scoring = tables.load_scoring()
-    made.draws = np.random.default_rng(0).integers(count, size=(200, count))
+# ------------------------------------------------------------------------------------------------
+# Scores
+
+
+def scores_of(count=400, features=4):
+    """Scores whose reference is a standard normal distribution, for made-up features."""
+    made = scores.Scores(count)
     made.reference = dict(mu=np.zeros(features), sigma=np.eye(features))
     return made
 
 
-def test_intervals_are_paired_and_cover_the_mean(tables):
+def test_intervals_are_paired_and_cover_the_mean():
     """A constant difference has an interval of no width; the mean of noise lies inside its own."""
-    made, noise = scores(tables), np.random.default_rng(1).normal(size=400)
+    made, noise = scores_of(), np.random.default_rng(1).normal(size=400)
     low, high = made.interval((noise + 0.3) - noise)
     assert low == pytest.approx(0.3) == high
     low, high = made.interval(noise)
     assert low < noise.mean() < high and 0.15 < high - low < 0.25  # 2 x 1.96 / sqrt(400)
 
 
-def test_drawn_distances_use_the_same_images_for_every_model(tables):
+def test_drawn_distances_use_the_same_images_for_every_model():
     """A model's copy has ratio 1 in every draw; a shifted one is further off in every draw."""
-    made = scores(tables)
-    features = tables.torch.randn(400, 4, generator=tables.torch.Generator().manual_seed(0))
-    own, copy, off = (made.drawn_fd(dict(features=features + x)) for x in (0, 0, 1))
+    made = scores_of()
+    features = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    made.files = {shift: dict(features=features + shift) for shift in (0, 1)}
+    made.files["copy"] = dict(features=features.clone())
+    own, copy, off = map(made.drawn_fd, (0, "copy", 1))
     assert np.array_equal(own, copy) and (off > own).all() and own.std() > 0
 
 
-def test_intervals_of_distances_stand_around_the_estimate(tables):
+def test_intervals_of_distances_stand_around_the_estimate():
     """Draws that are all too high by 5 keep their spread and lose their place."""
     draws = 5 + np.linspace(-1, 1, 401)
-    np.testing.assert_allclose(tables.centred(2.0, draws), [1.05, 2.95])
+    np.testing.assert_allclose(scores.centred(2.0, draws), [1.05, 2.95])
 
 
-def test_a_section_is_replaced_and_all_else_kept(tables, tmp_path):
-    path = tmp_path / "RESULTS.md"
-    tables.write_section(path, "a", "first")
-    tables.write_section(path, "b", "second")
+def test_scores_of_samples_are_those_of_their_images(tmp_path):
+    """Frechet distance 0 to its own statistics; PSNR of a difference of 1 in all pixels."""
+    images = np.random.default_rng(0).integers(0, 255, (30, 28, 28, 1), dtype=np.uint8)
+    for name, offset in (("a", 0), ("b", 1)):
+        np.savez(tmp_path / name, arr_0=images + np.uint8(offset))
+    made = scores.Scores(30)
+    a, b = tmp_path / "a.npz", tmp_path / "b.npz"
+    np.testing.assert_allclose(made.psnr(b, a), 20 * np.log10(255))
+    assert set(made.metrics(a)) == {"fd", "sfd", "inception", "precision", "recall"}
+    mu, sigma = scores.moments(made.of(a)["features"])
+    again = scores.Scores(30)
+    again.reference |= dict(mu=mu, sigma=sigma)
+    assert again.metrics(a)["fd"] == pytest.approx(0, abs=1e-4)
+
+
+def test_energy_of_eps_gives_the_report_s_ratio(tiny_run):
+    """Row by row here, summed in the report of 03; of itself a model gains nothing."""
+    path, made = tiny_run / "quant_w6a6.pt", scores.Scores(6)
+    signal, noise = made.energy(path).sum(axis=1)
+    report = measurements.load_quant(path)["report"]
+    assert 10 * np.log10(signal / noise) == pytest.approx(report["snr_weighted"], abs=1e-3)
+    assert made.snr_change(path, path) == (0.0, [0.0, 0.0])
+
+
+def test_gain_of_snr_is_paired_by_row():
+    """Noise of every row doubled: 3 dB in every draw, whatever the rows."""
+    made, noise = scores.Scores(6), np.random.default_rng(0).exponential(size=50)
+    made.energies = {"a": np.stack([noise, noise]), "b": np.stack([noise, 2 * noise])}
+    change, interval = made.snr_change("a", "b")
+    np.testing.assert_allclose([change, *interval], 10 * np.log10(2))
+
+
+# ------------------------------------------------------------------------------------------------
+# Measurements
+
+
+def test_gradient_shares_are_those_of_a_pass_through_the_whole_network(tiny_run):
+    """Eq. (11) at the outputs of the final layer and of fc2 in both blocks, by group; a share's sum
+    is 1."""
+    shares = measurements.gradient_shares(tiny_run)
+    calib = load_calib(tiny_run)
+    model, rows, diffusion = load_calibrated(calib), calib["calibration"], Diffusion(6)
+    watched = {"mlp.fc2": [block.mlp.fc2 for block in model.blocks]}
+    watched["final_layer.linear"], outputs = [model.final_layer.linear], {}
+
+    def keep(module, _, output):
+        outputs[module] = output.requires_grad_()
+
+    for layers in watched.values():
+        for layer in layers:
+            layer.register_forward_hook(keep)
+    out = model(rows["x"], diffusion.timestep_map[rows["t"]], rows["y"])[:, :3]
+    loss = (diffusion.implied_eps(rows["x"], rows["x_0"], rows["t"]) - out).square().sum()
+    for kind, layers in watched.items():
+        grads = torch.autograd.grad(loss, [outputs[x] for x in layers], retain_graph=True)
+        energy = sum(grad.square().flatten(1).sum(1) for grad in grads)
+        wanted = torch.stack([energy[rows["group"] == i].sum() for i in range(3)]) / energy.sum()
+        np.testing.assert_allclose(shares[kind], wanted, rtol=1e-4)
+    assert len(shares) == 9
+    for share in shares.values():
+        assert sum(share) == pytest.approx(1)
+
+
+def test_weighted_error_counts_layers_on_tokens_alone(monkeypatch, tmp_path):
+    """Of adaLN and the embedders only methods/tqdit_plus.py knows; blocks of a kind are summed."""
+    costs = {"blocks.0.mlp.fc1": 1.0, "blocks.1.mlp.fc1": 2.0, "final_layer.linear": 4.0}
+    costs |= {"t_embedder.mlp.0": 8.0, "blocks.0.adaLN_modulation.1": 16.0}
+    quant = dict(report=dict(costs=costs))
+    monkeypatch.setattr(measurements, "load_quant", lambda path: quant)
+    args = options(monkeypatch, "--runs", str(tmp_path))
+    found = measurements.cost_by_kind(sweep.Sweep(args), Row(100, (6, 6), "plus"))
+    assert found == {"mlp.fc1": 3.0, "final_layer.linear": 4.0}
+
+
+# ------------------------------------------------------------------------------------------------
+# The page
+
+
+def test_a_section_is_replaced_and_all_else_kept(tmp_path):
+    path = tmp_path / "results.md"
+    page.write_section(path, "a", "first")
+    page.write_section(path, "b", "second")
     path.write_text(path.read_text() + "by hand\n")
-    tables.write_section(path, "a", "third")
+    page.write_section(path, "a", "third")
     text = path.read_text()
-    assert text.startswith("# The paper's tables") and text.endswith("by hand\n")
+    assert text.startswith("# Results on the demo model") and text.endswith("by hand\n")
     assert "first" not in text and text.index("third") < text.index("second")
 
 
-def test_row_says_what_it_was_measured_with(tables):
-    row = dict(sweep="quick", num_images=40, steps=100, calibration_seed=1, image_seed=0, rows=40)
-    assert tables.origin(row) == "quick: N = 40, T = 100, seeds 1, 0, 40 rows"
-    assert tables.origin(row | dict(num_images=None)) == "quick: T = 100, seeds 1, 0, 40 rows"
+def test_row_says_what_it_was_measured_with():
+    found = dict(num_images=40, steps=100, image_seed=0)
+    assert page.origin(found) == "N = 40, T = 100, seed 0"
+    found |= dict(calibration_seed=1, rows=40, rounds=3)
+    assert page.origin(found) == "N = 40, T = 100, seeds 1, 0, 40 rows, R = 3"
 
 
-def test_recorded_command_tells_no_folder_of_the_writer(tables, monkeypatch):
+def test_recorded_command_tells_no_folder_of_the_writer(monkeypatch):
     flags = ["tables.py", "--name", "x", "--out", "/some/where", "--rows", "80", "--runs", "here"]
     monkeypatch.setattr(sys, "argv", flags)
-    assert tables.command_line() == "python benchmarks/tables.py --name x --rows 80"
+    assert page.command_line() == "python benchmarks/tables.py --name x --rows 80"
