@@ -23,12 +23,13 @@ from common.cli import (
 )  # fmt: skip
 from common.distributed import join_process_group
 from common.images import samples_up_to_date, save_samples, to_uint8
-from common.quant_file import build_quantized, group_table, load_quant
-from common.vae import load_vae
+from common.int8_engine import build
+from common.quant_file import group_table, load_quant
+from common.vae import load_vae, local_vae
 from models_dit import TRAIN_TIMESTEPS, Diffusion, image_generators, trajectory
 
 SAMPLING = ("steps", "cfg_scale", "cfg_channels", "vae")  # decided in 01
-OWN = ("num_images", "first", "seed", "dtype", "classes")  # decided here
+OWN = ("num_images", "first", "seed", "dtype", "classes", "engine")  # decided here
 
 
 def parse_args():
@@ -40,16 +41,22 @@ def parse_args():
     p.paper.add_argument("--num-images", type=whole_number, default=10000, help="Sec. IV-A: 10,000")
     p.ours.add_argument("--tag", default="", help="as given to 03_quantize.py, or a method's")
     p.ours.add_argument("--first", type=whole_number, default=0, help="index of the first image")
-    p.ours.add_argument("--seed", type=whole_number, default=0)
+    p.ours.add_argument("--seed", type=whole_number, default=0, help="of the noise of every image")
     p.ours.add_argument("--classes", type=whole_number, nargs="+", help="labels, taken, in turn")
     p.ours.add_argument("--steps", type=whole_number, help="T, if other than calibrated (D4)")
     p.ours.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products")
+    p.ours.add_argument(
+        "--engine", choices=("float", "int8"), default="float", help="of the layers"
+    )
+    p.ours.add_argument("--vae-path", help="the VAE's file or folder; without it, downloaded")
     p.machine.add_argument("--batch-size", type=whole_number, default=64, help="images at a time")
     p.machine.add_argument("--compile", action="store_true", help="torch.compile the network")
     return p.parse_args()
 
 
 def check(args):
+    if args.fp and args.engine != "float":
+        raise InputError(f"--engine {args.engine} is for quantized models, not for --fp")
     if args.fp == (args.wbits is not None or args.abits is not None):
         raise InputError("give either --fp or both --wbits and --abits")
     if not args.fp:
@@ -67,14 +74,14 @@ def check(args):
 def full_precision(run):
     """The model that calib.pt names, how it is to be sampled, what it came from, its bytes."""
     calib = load_calib(run)
-    size = os.path.getsize(calib["settings"]["ckpt"])
-    return load_calibrated(calib), calib["settings"], calib["inputs"], size
+    model, size = load_calibrated(calib), os.path.getsize(calib["settings"]["ckpt"])
+    return model, calib["settings"], calib["inputs"], size
 
 
-def quantized(path, num_timesteps):
+def quantized(path, num_timesteps, engine, device):
     """The model of a quant file, how it is to be sampled, what it came from, its bytes."""
     artifact = load_quant(path)
-    model, sampling = build_quantized(artifact, path), artifact["settings"]["sampling"]
+    model, sampling = build(artifact, path, engine, device), artifact["settings"]["sampling"]
     if num_timesteps:
         timestep_map = Diffusion(num_timesteps).timestep_map
         model.group_table = group_table(timestep_map, sampling["groups"])
@@ -98,7 +105,8 @@ def main(args):
     check(args)
     group, device, name = join_process_group(), args.device, model_name(args)
     source = args.run / f"quant_{name}.pt"
-    found = full_precision(args.run) if args.fp else quantized(source, args.steps)
+    how = args.steps, args.engine, device
+    found = full_precision(args.run) if args.fp else quantized(source, *how)
     model, sampling, inputs, size = found
     settings = {key: sampling[key] for key in SAMPLING} | {key: getattr(args, key) for key in OWN}
     settings |= dict(steps=args.steps or sampling["steps"], name=name)
@@ -106,12 +114,15 @@ def main(args):
     check_labels(classes, model.num_classes, "--classes")
     indices = torch.arange(args.first, args.first + args.num_images)
     labels = classes[indices % len(classes)]
+    inputs = inputs | local_vae(settings["vae"], args.vae_path)
     head = provenance("samples", settings, inputs, device)
     path = args.run / f"samples_{name}.npz"
     parts = Parts(path, head, args.batch_size)
     if samples_up_to_date(path, head, args.force):
         return parts.clear()  # a run killed after its last write left them
-    vae = None if settings["vae"] == "none" else load_vae(settings["vae"]).to(device)
+    vae = None
+    if settings["vae"] != "none":
+        vae = load_vae(settings["vae"], args.vae_path).to(device)
     model, diffusion = model.to(device), Diffusion(settings["steps"], device)
     if args.compile:
         model.compile()

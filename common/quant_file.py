@@ -144,15 +144,16 @@ def load_quant(path) -> dict:
     return load_artifact(path, "quant", "03_quantize.py")
 
 
-def build_quantized(artifact: dict, source) -> nn.Module:
-    """The quantized DiT of a quant file. InputError if its parts do not make up the whole model."""
+def build_quantized(artifact: dict, source, make=make_layer) -> nn.Module:
+    """The quantized DiT of a quant file, its layers made by `make(state)`. InputError if its parts
+    do not make up the whole model."""
     try:
         with torch.device("meta"):
             model = DiT(**artifact["config"])
         model.group_table = artifact["group_table"]
         _, unexpected = model.load_state_dict(artifact["state"], strict=False, assign=True)
         for name, state in artifact["layers"].items():
-            swap_layer(model, name, make_layer(state))
+            swap_layer(model, name, make(state))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{source} is damaged: {reason}; run 03 again") from error
@@ -168,6 +169,6 @@ def swap_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, old = model.get_submodule(parent), model.get_submodule(name)
     if isinstance(layer, q.QuantMatMul):
         parent.fused = False  # the products must be explicit
-    elif layer.weight.shape != old.weight.shape:
-        raise ValueError(f"{name} has shape {tuple(layer.weight.shape)}")
+    elif layer.bias.shape != old.bias.shape or layer.weight.numel() != old.weight.numel():
+        raise ValueError(f"{name} has another shape")
     setattr(parent, child, layer)

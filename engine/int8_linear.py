@@ -1,0 +1,170 @@
+"""Linear layers that multiply the codes of a quant file themselves, on a CPU.
+
+Weights stay packed as int8, inputs become uint8 codes with the static scale of their time group,
+and oneDNN's u8 x s8 product accumulates in int32. Where the CPU lacks VNNI that product adds pairs
+in 16 bits and saturates: a self-test finds out, and a layer whose codes could reach that far is
+left in floating point. Nothing that could come out wrong is multiplied on integers.
+
+    x_hat = s_x (q_x - z_x), w_hat = s_w (q_w - z_w), so with v = q_w - u for any u
+    z = s_x s_w [ sum (q_x - z_x) v  -  (z_w - u) sum (q_x - z_x) ] + bias
+"""
+
+from functools import cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.int_products import MAX_INPUTS
+from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, quantize
+
+EXACT = 2**31 - 1  # the sum of any two products of codes is held
+SATURATING = 2**15 - 1  # pairs of products are added in 16 bits
+
+# ------------------------------------------------------------------------------------------------
+# The product
+
+
+def u8s8(codes, scale, zero_point, weight, w_scale, bias):
+    """scale (codes - zero_point) V^T w_scale + bias, of uint8 codes (..., I) and int8 V, packed."""
+    none = torch.zeros(len(w_scale), dtype=torch.int32)  # a weight's zero point is ignored there
+    output = 1.0, 0, torch.float32, "none", [], ""
+    product = torch.ops.onednn.qlinear_pointwise
+    return product(codes, scale, zero_point, weight, w_scale, none, bias, *output)
+
+
+@torch.library.custom_op("tqdit::int8_product", mutates_args=())
+def int8_product(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor | None,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """`u8s8` with a scale and zero point for each time group, (G,), given the rows' groups (R,).
+
+    An op of its own: the compiler's lowering of oneDNN's wants constants.
+    """
+    if group is None or scale.ndim == 0:
+        return u8s8(codes, scale, zero_point, weight, w_scale, bias)
+    first = int(group[0])
+    if bool((group == first).all()):  # as in sampling
+        return u8s8(codes, scale[first], zero_point[first], weight, w_scale, bias)
+    out = codes.new_empty(*codes.shape[:-1], len(w_scale), dtype=torch.float32)
+    for i in group.unique().tolist():
+        rows = group == i
+        out[rows] = u8s8(codes[rows], scale[i], zero_point[i], weight, w_scale, bias)
+    return out
+
+
+@int8_product.register_fake
+def _(codes, scale, zero_point, group, weight, w_scale, bias):
+    return codes.new_empty(*codes.shape[:-1], len(w_scale), dtype=torch.float32)
+
+
+@cache
+def pair_limit() -> int:
+    """The largest sum of two products that this CPU's u8 x s8 product holds, found by trying: 0
+    where there is no such product."""
+
+    def is_exact(weight_code):
+        codes = torch.full((32, 64), 255, dtype=torch.uint8)
+        weight = torch.full((16, 64), weight_code, dtype=torch.int8)
+        packed, one = torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(16)
+        out = u8s8(codes, one[0], torch.tensor(0), packed, one, None)
+        return bool((out == 64 * 255 * weight_code).all())
+
+    try:
+        if is_exact(127) and is_exact(-128):
+            return EXACT
+        return SATURATING if is_exact(64) and is_exact(-64) else 0
+    except (AttributeError, RuntimeError):  # an older torch, another processor
+        return 0
+
+
+# ------------------------------------------------------------------------------------------------
+# The layer
+
+
+def signed_weight(codes: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """v = q_w - u as int8 (O, I), and z_w - u (O,): with u = z_w, so that nothing is left to
+    correct, if those fit, else with u in the middle of the codes."""
+    v = codes.to(torch.int16) - zero_point.to(torch.int16)
+    if v.abs().max() <= 127:
+        return v.to(torch.int8), None
+    middle = 2 ** (bits - 1)
+    correction = (zero_point.float() - middle).flatten().expand(len(codes))
+    return (codes.to(torch.int16) - middle).to(torch.int8), correction
+
+
+def why_not(v: Tensor, act: nn.Module) -> str:
+    """Why this layer is not multiplied on this CPU's integers; "" if it is."""
+    if not isinstance(act, UniformQuantizer | GeluQuantizer):
+        return "inputs in full precision"
+    if v.shape[1] >= MAX_INPUTS:
+        return "too many inputs"
+    highest = 2 ** (act.bits - 1) if isinstance(act, GeluQuantizer) else 2**act.bits - 1
+    if 2 * int(v.to(torch.int16).abs().max()) * highest > pair_limit():
+        return "this CPU's product of codes would saturate" if pair_limit() else "no such product"
+    return ""
+
+
+class Int8Linear(nn.Module):
+    """`QuantLinear` on codes: the same codes, the same product but for rounding in float32."""
+
+    def __init__(self, v, correction, w_scale, bias, act, smooth=None):
+        """v (O, I) int8 and `correction` of `signed_weight`; w_scale () or (O, 1); bias (O,);
+        `act` a UniformQuantizer or GeluQuantizer; smooth (I,): what inputs are divided by."""
+        super().__init__()
+        w_scale = w_scale.flatten().expand(len(v)).contiguous()
+        self.register_buffer("weight", torch.ops.onednn.qlinear_prepack(v, None))
+        self.register_buffer("w_scale", w_scale)
+        self.register_buffer("correction", None if correction is None else correction * w_scale)
+        self.register_buffer("bias", bias)
+        self.register_buffer("smooth", smooth)
+        self.act = act
+
+    def forward(self, x, group=None):
+        x = x.float() if self.smooth is None else x.float() / self.smooth
+        if isinstance(self.act, UniformQuantizer):
+            codes = quantize(x, *self.act.delta(x, group), self.act.bits)
+            return self.product(codes, self.act.scale, self.act.zero_point, group, self.bias)
+        low, high = gelu_regions(x, *self.act.delta(x, group), self.act.bits)
+        half = 2 ** (self.act.bits - 1)  # R1's codes are -half..0
+        middle, zero = (torch.full_like(self.act.scale1, v) for v in (half, 0))
+        out = self.product(low + half, self.act.scale1, middle, group, self.bias)
+        return out + self.product(high, self.act.scale2, zero, group, None)
+
+    def product(self, codes, scale, zero_point, group, bias):
+        """Of codes (..., I), whole numbers 0..255 in floats."""
+        weight, w_scale = self.weight, self.w_scale
+        q = codes.to(torch.uint8)
+        out = int8_product(q, scale, zero_point.int(), group, weight, w_scale, bias)
+        if self.correction is None:
+            return out
+        if group is not None and scale.ndim:
+            shape = -1, *[1] * (codes.ndim - 1)
+            scale, zero_point = scale[group].view(shape), zero_point[group].view(shape)
+        row_sum = scale * (codes - zero_point).sum(dim=-1, keepdim=True)
+        return torch.addcmul(out, row_sum, self.correction, value=-1)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on inputs in full precision whose weight stays int8 in memory; each call makes
+    it floating point again, for layers of few rows, as adaLN's."""
+
+    def __init__(self, v, correction, w_scale, bias):
+        super().__init__()
+        self.register_buffer("weight", v)
+        self.register_buffer("correction", correction)
+        self.register_buffer("w_scale", w_scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x, group=None):
+        weight = self.weight.to(x.dtype)
+        if self.correction is not None:
+            weight -= self.correction[:, None]
+        return F.linear(x, weight.mul_(self.w_scale), self.bias)

@@ -1,0 +1,113 @@
+"""engine/int8_linear.py, common/int8_engine.py: codes of a quant file, multiplied as they are."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import engine.int8_linear as e
+import quant_ops as q
+from common import quant_file
+from common.int8_engine import Int8Engine
+
+needs_product = pytest.mark.skipif(e.pair_limit() == 0, reason="no u8 x s8 product on this CPU")
+WIDTHS = [(2, 2), (4, 4), (4, 8), (6, 6), (6, 8), (7, 7), (8, 6), (8, 8)]
+
+
+def weight_and_grid(bits):
+    """A weight (48, 200) off centre, so that no zero point is in the middle, and its quantizer."""
+    torch.manual_seed(bits)
+    weight = torch.randn(48, 200) + 0.2
+    return weight, q.uniform_candidates(*weight.aminmax(dim=1, keepdim=True), bits)[0]
+
+
+def quantizer(kind, bits, factor):
+    """A quantizer of inputs in about [-3, 3] whose ranges are `factor` times that, () or (G,)."""
+    if kind == "uniform":
+        return q.uniform_candidates(-3 * factor, 2 * factor, bits)[0]
+    half = 2 ** (bits - 1)
+    return q.GeluQuantizer(bits, 0.17 * factor / half, 3 * factor / half)
+
+
+def state_of(weight, Q_W, act, **more):
+    packed, bias = quant_file.pack_weight(weight, Q_W), torch.arange(len(weight)) / 7
+    act = quant_file.quantizer_state(act)
+    return dict(type="linear", weight=packed, bias=bias, act=act, **more)
+
+
+@needs_product
+@pytest.mark.parametrize("groups", ["none", "alike", "mixed"])
+@pytest.mark.parametrize("kind", ["uniform", "gelu"])
+@pytest.mark.parametrize("w_bits, a_bits", WIDTHS)
+def test_layer_equals_fake_quantization_to_float_rounding(w_bits, a_bits, kind, groups):
+    """Eq. (5), MRQ, TGQ: against the product of fake-quantized operands in float64. Widths this CPU
+    cannot multiply are left in floating point, and equal too."""
+    weight, Q_W = weight_and_grid(w_bits)
+    factor = torch.tensor(1.0) if groups == "none" else torch.tensor([1.0, 1.5, 0.7])
+    group = dict(none=None, alike=torch.tensor([1] * 6), mixed=torch.tensor([2, 0, 1, 1, 2, 0]))
+    act, x, smooth = quantizer(kind, a_bits, factor), torch.randn(6, 10, 200), torch.rand(200) + 1
+    engine = Int8Engine()
+    layer = engine.make_layer(state_of(weight, Q_W, act, smooth=smooth))
+    exact = isinstance(layer, e.Int8Linear)
+    assert exact == (engine.on_integers == 1) and (exact or w_bits + a_bits > 14)
+    x_hat = act(x / smooth, group[groups]).double()
+    expected = F.linear(x_hat, Q_W(weight).double(), layer.bias.double())
+    error = (layer(x, group[groups]) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-6
+
+
+@needs_product
+def test_a_saturating_product_is_never_taken():
+    """Where pairs are added in 16 bits, 8-bit weights and inputs stay in floating point; where they
+    are not, the same layer is on integers. The self-test knows which CPU this is."""
+    weight, Q_W = weight_and_grid(8)
+    state = state_of(weight, Q_W, quantizer("uniform", 8, torch.tensor(1.0)))
+    codes = torch.full((32, 64), 255, dtype=torch.uint8)
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
+    one = torch.ones(16)
+    found = e.u8s8(codes, one[0], torch.tensor(0), packed, one, None)
+    saturates = bool((found != 64 * 255 * 127).any())
+    assert saturates == (e.pair_limit() == e.SATURATING)
+    engine = Int8Engine()
+    engine.make_layer(state)
+    assert (engine.on_integers == 0) == saturates
+    assert ("saturate" in engine.describe()) == saturates
+
+
+@pytest.mark.parametrize("limit, on_integers", [(0, 0), (e.SATURATING, 0), (e.EXACT, 1)])
+def test_pair_limit_decides(monkeypatch, limit, on_integers):
+    """An older torch or another processor has no product: everything is in floating point."""
+    monkeypatch.setattr(e, "pair_limit", lambda: limit)
+    if limit == e.EXACT and not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        pytest.skip("no u8 x s8 product in this torch")
+    weight, Q_W = weight_and_grid(8)
+    engine = Int8Engine()
+    engine.make_layer(state_of(weight, Q_W, quantizer("uniform", 8, torch.tensor(1.0))))
+    assert engine.on_integers == on_integers
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packed_weight_is_the_dequantized_one(bits):
+    """adaLN's layers: int8 in memory, and the weight of the quant file when they are called."""
+    weight, Q_W = weight_and_grid(bits)
+    state, x = state_of(weight, Q_W, q.FullPrecision()), torch.randn(3, 200)
+    layer = Int8Engine().make_layer(state)
+    assert isinstance(layer, e.PackedLinear) and layer.weight.dtype == torch.int8
+    expected = F.linear(x, quant_file.unpack_weight(state["weight"]), state["bias"])
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_product
+@torch.no_grad()
+def test_model_of_a_quant_file_runs_on_integers(tiny_run):
+    """The tiny W6A6 model: nine linear layers of two blocks and the final one, close to the fake
+    quantization of the same file; compiled or not."""
+    artifact = quant_file.load_quant(tiny_run / "quant_w6a6.pt")
+    engine = Int8Engine()
+    integers = quant_file.build_quantized(artifact, "test", engine.make_layer)
+    floats = quant_file.build_quantized(artifact, "test")
+    assert engine.on_integers == 2 * 4 + 1 and "1 (convolution)" in engine.describe()
+    x, t, y = torch.randn(4, 3, 8, 8), torch.tensor([999, 999, 0, 400]), torch.arange(4)
+    expected, found = floats(x, t, y), integers(x, t, y)
+    assert (found - expected).norm() < 0.05 * expected.norm()  # codes at ties may differ
+    compiled = torch.compile(integers, backend="aot_eager")  # the op can be traced
+    torch.testing.assert_close(compiled(x, t, y), found)
