@@ -1,6 +1,9 @@
-"""What the tests share: a way to run the scripts, a tiny lively DiT, and one finished run of it."""
+"""What the tests share: two ways to run a script, a tiny lively DiT, and one finished run of it."""
 
+import contextlib
+import functools
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -8,48 +11,77 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "GIT_DIR": os.devnull,  # artifacts name the commit; a commit amid the tests changes no bytes
+}
+os.environ |= ENVIRONMENT  # before torch, which reads the number of threads once
 
-from models_dit import Diffusion, DiT  # noqa: E402
+import torch  # noqa: E402
 
-STAND_IN = ROOT / "tests" / "stand_in_cuda.py"  # a launcher: a CUDA device that the CPU plays
-needs_stand_in = pytest.mark.skipif(
+from common import cli  # noqa: E402
+from common.layer_data import LayerData, LinearChunk  # noqa: E402
+from common.phase3 import Layer  # noqa: E402
+from models_dit import Diffusion, DiT, LayerSpec  # noqa: E402
+
+FAKE_CUDA = ROOT / "tests" / "fake_cuda" / "fake_cuda.py"  # a launcher: a simulated CUDA device
+needs_fake_cuda = pytest.mark.skipif(
     torch.version.cuda is not None or not shutil.which("g++"),
     reason="needs a torch without CUDA and a C++ compiler",
 )
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",  # the same tests on every machine
-    "GIT_DIR": os.devnull,  # artifacts name the commit; a commit amid the tests changes no bytes
-}
 BATCH = {"01": "5", "02": "4", "03": "4", "04": "2"}  # several pieces of work in each phase
 FLAGS = {  # of the tiny run, by script; --run and 01's --ckpt come on top
     "01_collect_calib": "--steps 6 --groups 3 --per-group 4 --trajectories 6 --vae none "
     "--num-heads 4",
     "02_grad_cache": "",
-    "03_quantize": "--wbits 6 --abits 6 --memory-limit 0.02",
+    "03_quantize": "--wbits 6 --abits 6 --rounds 2 --memory-limit 0.02",
     "04_sample": "--wbits 6 --abits 6 --num-images 6",
 }
+LIVELY = dict(
+    input_size=8, patch_size=2, in_channels=4, hidden_size=24, depth=2, num_heads=3, num_classes=5
+)
+
+
+@functools.cache
+def load_script(name):
+    """A script, such as "03_quantize" or "methods/tqdit_plus", as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_script(name, *args, cwd=ROOT, env=None, launcher=()):
-    """Run the numbered script `name` in a process of its own; returns the CompletedProcess."""
+    """Run a script in a process of its own, on the CPU; returns the CompletedProcess."""
     command = [sys.executable, *launcher, str(ROOT / f"{name}.py"), *map(str, args)]
-    environment = os.environ | ENVIRONMENT | (env or {})
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {})
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
 
 
-def load_script(name):
-    """A numbered script as a module, which `import` cannot name."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run_in_process(name, *args):
+    """`run_script` without a new process, which takes seconds: for all that needs none."""
+    script, status, before = load_script(name), 0, sys.argv
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = [f"{name}.py", "--device", "cpu", *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.run_script(script.main, script.parse_args)
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        command, sys.argv = sys.argv, before
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def run_here():
+    """run_here(name, *flags): a script inside this process; the CompletedProcess."""
+    return run_in_process
 
 
 def tiny_flags(name, run, ckpt):
@@ -58,11 +90,68 @@ def tiny_flags(name, run, ckpt):
     return ["--run", str(run), "--batch-size", BATCH[name[:2]], *only_01, *FLAGS[name].split()]
 
 
+def refused(result, words, status=2):
+    """The contract for bad input: this status and one line on stderr, progress bars aside."""
+    lines = [x for x in result.stderr.splitlines() if x.strip() and "%|" not in x]
+    assert result.returncode == status and len(lines) == 1, result.stderr
+    assert words in lines[0]
+
+
+def snapshot(folder):
+    """Every path under a folder, hidden ones too; of files, when they were written and what."""
+    paths = sorted(folder.rglob("*"))
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) if p.is_file() else None for p in paths}
+
+
+def leftovers(folder):
+    """What no finished phase may leave behind: temporary files and folders of parts."""
+    return [p for p in folder.rglob("*") if p.name.endswith(".tmp") or p.name.startswith(".")]
+
+
+def lively_dit(**changes):
+    """A tiny DiT with random weights everywhere, so that no gate is zero."""
+    torch.manual_seed(0)
+    model = DiT(**LIVELY | changes).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name != "pos_embed":
+                p.normal_(std=0.2)
+    return model
+
+
+def layer_of(module, **spec):
+    """A Layer of a block, of this module; `spec` says what it is."""
+    return Layer("blocks.0.mlp.fc2", module, LayerSpec("block", "mlp.fc2", **spec))
+
+
+def linear_data(grad, z=None, x=None, group=None, rows=7):
+    """The LayerData of a linear layer without bias, `rows` rows in a chunk; z and group are 0
+    unless given."""
+    z = torch.zeros_like(grad) if z is None else z
+    group = torch.zeros(len(grad), dtype=torch.long) if group is None else group
+    chunks = zip(*(column.split(rows) for column in (grad, z, x, group)), strict=True)
+    num_groups = int(group.max()) + 1
+    return LayerData([LinearChunk(*chunk) for chunk in chunks], torch.device("cpu"), num_groups)
+
+
+def flat(nest):
+    """The leaves of nested dicts, as tensors or text, by their path."""
+    if not isinstance(nest, dict):
+        return {"": nest if isinstance(nest, str) else torch.as_tensor(nest)}
+    return {f"{k}.{path}": x for k, value in nest.items() for path, x in flat(value).items()}
+
+
+def same_leaves(a, b):
+    """Whether two nests have the same leaves, bit for bit."""
+    a, b = flat(a), flat(b)
+    equal = (x == b[k] if isinstance(x, str) else torch.equal(x, b[k]) for k, x in a.items())
+    return a.keys() == b.keys() and all(equal)
+
+
 @pytest.fixture(scope="session")
 def tiny_ckpt(tmp_path_factory):
     """A DiT of 3 x 8 x 8 images, no layer zero, trained for seconds: its samples stay in range."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     diffusion = Diffusion(1000)
     model = DiT(8, 2, 3, hidden_size=32, depth=2, num_heads=4, num_classes=5)
     for name, parameter in model.named_parameters():
@@ -85,9 +174,9 @@ def tiny_ckpt(tmp_path_factory):
 def tiny_run(tmp_path_factory, tiny_ckpt):
     """The folder of a finished run, 01 to 04 at W6A6, 04 --fp. Tests that change it copy it."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    logs = {name: run_script(name, *tiny_flags(name, run, tiny_ckpt)) for name in FLAGS}
+    logs = {name: run_in_process(name, *tiny_flags(name, run, tiny_ckpt)) for name in FLAGS}
     fp = ["--run", run, "--fp", "--num-images", 6, "--batch-size", BATCH["04"]]
-    logs["04_sample --fp"] = run_script("04_sample", *fp)
+    logs["04_sample --fp"] = run_in_process("04_sample", *fp)
     for name, log in logs.items():
         assert log.returncode == 0, f"{name}: {log.stderr}"
         (run.parent / f"{name}.log").write_text(log.stdout)

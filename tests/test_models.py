@@ -1,30 +1,13 @@
-"""DiT, its sampler and loading, against formulas written out here a second time."""
+"""DiT and its sampler against formulas written out here a second time."""
 
-import argparse
-import http.server
 import math
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import LIVELY, lively_dit
 
 import models_dit as m
-
-TINY = dict(
-    input_size=8, patch_size=2, in_channels=4, hidden_size=24, depth=2, num_heads=3, num_classes=5
-)
-
-
-def lively(**changes):
-    """A tiny DiT with random weights everywhere, so that no gate is zero."""
-    torch.manual_seed(0)
-    model = m.DiT(**TINY | changes).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name != "pos_embed":
-                p.normal_(std=0.2)
-    return model
 
 
 def naive_dit(w, x, t, y, patch, heads):
@@ -51,7 +34,7 @@ def naive_dit(w, x, t, y, patch, heads):
         def linear(v, name):
             return v @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
-        for i in range(TINY["depth"]):
+        for i in range(LIVELY["depth"]):
             name = f"blocks.{i}"
             mod = linear(c, f"{name}.adaLN_modulation.1").view(6, width)
             q, k, v = linear(normed(tokens, mod[0], mod[1]), f"{name}.attn.qkv").split(width, 1)
@@ -80,7 +63,7 @@ def naive_dit(w, x, t, y, patch, heads):
 @torch.no_grad()
 def test_forward_equals_the_formulas(fused):
     """Every stage of DiT, with the fused attention and with the explicit products."""
-    model = lively()
+    model = lively_dit()
     for block in model.blocks:
         block.attn.fused = fused
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 5])
@@ -101,7 +84,7 @@ def test_pos_embed_is_the_2d_sine_cosine_table():
 @torch.no_grad()
 def test_cfg_guides_the_first_three_channels_of_eps():
     """Guided: uncond + scale (cond - uncond); channel 4 and the variance are left as they are."""
-    model = lively()
+    model = lively_dit()
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([7, 9]), torch.tensor([1, 2])
     null = torch.full_like(y, 5)
     pair = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])
@@ -127,30 +110,53 @@ def test_registry_holds_the_published_sizes():
 # Sampler
 
 
-@pytest.mark.parametrize("steps, head", [(250, [0, 4, 8, 12]), (100, [0, 10, 20, 30]), (1, [0])])
-def test_respacing_spreads_the_steps(steps, head):
+@pytest.mark.parametrize("T, head", [(250, [0, 4, 8, 12]), (100, [0, 10, 20, 30]), (1, [0])])
+def test_respacing_spreads_the_timesteps(T, head):
     """T timesteps of 0..999, both ends included."""
-    timesteps = m.respaced_timesteps(steps)
-    assert len(set(timesteps)) == steps and timesteps[:4] == head
-    assert timesteps[-1] == (999 if steps > 1 else 0)
+    timesteps = m.respaced_timesteps(T)
+    assert len(set(timesteps)) == T and timesteps[:4] == head
+    assert timesteps[-1] == (999 if T > 1 else 0)
+
+
+@pytest.mark.parametrize("T", [0, 1001])
+def test_respacing_refuses_other_numbers_of_timesteps(T):
+    """T is 1..1000, the timesteps that the network was trained on."""
+    with pytest.raises(ValueError, match=str(T)):
+        m.respaced_timesteps(T)
+
+
+def schedule(T, t):
+    """beta_t, abar_t and abar_(t-1) of the linear schedule respaced to T, in float64."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    abar = torch.cumprod(1 - betas, 0)[m.respaced_timesteps(T)]
+    before = abar[t - 1] if t else torch.ones(()).double()
+    return 1 - abar[t] / before, abar[t], before
+
+
+@pytest.mark.parametrize("t", [0, 1, 6, 9])
+def test_posterior_mean_of_the_predicted_x0_is_mu_of_eq_3(t):
+    """Eq. (3): mu = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t), of eps itself."""
+    diffusion, at = m.Diffusion(10), torch.tensor([t])
+    x_t, eps = torch.randn(2, 1, 2, 3, 3)
+    beta, abar, _ = schedule(10, t)
+    mu = (x_t.double() - beta / (1 - abar).sqrt() * eps.double()) / (1 - beta).sqrt()
+    found = diffusion.posterior_mean(diffusion.predict_x0(x_t, at, eps), x_t, at)
+    torch.testing.assert_close(found, mu.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_p_sample_equals_the_formulas():
     """Eq. (2)-(4): mu of Eq. (3), and a variance between posterior (-1) and beta (+1)."""
-    steps, t = 10, 6
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    abar = torch.cumprod(1 - betas, 0)[m.respaced_timesteps(steps)]
-    beta = 1 - abar[t] / abar[t - 1]
+    diffusion, t = m.Diffusion(10), 6
+    beta, abar, before = schedule(10, t)
     x, eps, v, noise = torch.randn(4, 1, 2, 3, 3)
-    out = torch.cat([eps, v], dim=1)
-    mu = (x - beta / (1 - abar[t]).sqrt() * eps) / (1 - beta).sqrt()
-    posterior = beta * (1 - abar[t - 1]) / (1 - abar[t])
+    mu = (x - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()
+    posterior = beta * (1 - before) / (1 - abar)
     log_var = (v + 1) / 2 * beta.log() + (1 - v) / 2 * posterior.log()
     expected = mu + (0.5 * log_var).exp() * noise
-    found = m.Diffusion(steps).p_sample(out, x, torch.tensor([t]), noise)
+    found = diffusion.p_sample(torch.cat([eps, v], dim=1), x, torch.tensor([t]), noise)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
-    sensitivity = (beta / ((1 - beta) * (1 - abar[t])).sqrt()) ** 2
-    assert m.Diffusion(steps).sensitivity()[t].item() == pytest.approx(sensitivity.item(), rel=1e-4)
+    sensitivity = (beta / ((1 - beta) * (1 - abar)).sqrt()) ** 2
+    assert diffusion.sensitivity()[t].item() == pytest.approx(sensitivity.item(), rel=1e-4)
 
 
 def test_implied_eps_inverts_q_sample():
@@ -170,95 +176,13 @@ def test_last_step_adds_no_noise():
     assert torch.equal(first, second)
 
 
-def test_image_noise_is_keyed_by_seed_and_index():
-    """Image i draws the same noise in any batch; another seed, index or stream draws another."""
-    together = m.draw_noise(m.image_generators(3, range(5)), (2, 2), "cpu")
-    alone = m.draw_noise(m.image_generators(3, [4]), (2, 2), "cpu")
-    assert torch.equal(together[4], alone[0]) and not torch.equal(together[3], alone[0])
-    others = [m.image_generators(4, [4]), m.image_generators(3, [4], stream=1)]
-    assert not any(torch.equal(m.draw_noise(g, (2, 2), "cpu"), alone) for g in others)
-
-
-# ------------------------------------------------------------------------------------------------
-# Loading
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "changes", [{}, dict(in_channels=1, learn_sigma=False), dict(mlp_ratio=61 / 24)]
-)
-def test_load_dit_reads_the_shape_off_the_checkpoint(tmp_path, changes):
-    """Plain state dict: width, depth, patch, channels, classes and input size need no flag."""
-    model = lively(**changes)
-    torch.save(model.state_dict(), tmp_path / "a.pt")
-    loaded, config = m.load_dit(tmp_path / "a.pt", num_heads=3)
-    assert config == TINY | dict(mlp_ratio=4.0, learn_sigma=True) | changes
-    x = torch.randn(2, config["in_channels"], 8, 8)
-    t = y = torch.tensor([1, 2])
-    assert torch.equal(loaded(x, t, y), model(x, t, y))
-
-
-def test_load_dit_takes_the_ema_of_a_training_checkpoint(tmp_path):
-    """As DiT's train.py saves it, with an argparse.Namespace inside."""
-    model = lively()
-    other = {k: v + 1 for k, v in model.state_dict().items()}
-    saved = dict(model=other, ema=model.state_dict(), opt={}, args=argparse.Namespace(lr=1))
-    torch.save(saved, tmp_path / "a.pt")
-    loaded, _ = m.load_dit(tmp_path / "a.pt", num_heads=3)
-    assert torch.equal(loaded.pos_embed, model.pos_embed)
-
-
-def test_load_dit_asks_for_heads_and_names_what_does_not_fit(tmp_path):
-    """An unknown width needs --num-heads; a missing or odd tensor is named."""
-    state = lively().state_dict()
-    torch.save(state, tmp_path / "a.pt")
-    with pytest.raises(m.InputError, match="--num-heads"):
-        m.load_dit(tmp_path / "a.pt")
-    del state["blocks.1.attn.proj.bias"]
-    torch.save(state, tmp_path / "b.pt")
-    with pytest.raises(m.InputError, match="blocks.1.attn.proj.bias"):
-        m.load_dit(tmp_path / "b.pt", num_heads=3)
-
-
-def test_official_widths_know_their_heads():
-    """XL 16, L 16, B 12, S 6."""
-    assert [m.HEADS[w] for w in (1152, 1024, 768, 384)] == [16, 16, 12, 6]
-
-
-class Ranges(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT, honours Range, and cuts the first reply short."""
-
-    CONTENT = bytes(range(256)) * 40
-    cut, asked = True, []
-
-    def do_GET(self):
-        start = int(self.headers.get("Range", "bytes=0-").split("=")[1].rstrip("-"))
-        self.asked.append(start)
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(self.CONTENT) - start))
-        self.end_headers()
-        self.wfile.write(self.CONTENT[start:5000] if self.cut else self.CONTENT[start:])
-        type(self).cut = False
-
-    def log_message(self, *args):
-        pass
-
-
-def test_download_resumes_where_it_broke_off(tmp_path, monkeypatch):
-    """A cut connection keeps what came, the next call asks for the rest; of several, one loads."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    server = http.server.HTTPServer(("127.0.0.1", 0), Ranges)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/weights"
-    with pytest.raises(m.InputError, match="resume"):
-        m.download(url, "weights.pt")
-    path = m.download(url, "weights.pt")
-    assert path.read_bytes() == Ranges.CONTENT and Ranges.asked == [0, 4999]
-    with pytest.raises(m.InputError, match="sha256"):
-        m.download(url, "other.pt", sha256_prefix="00")
-    threads = [threading.Thread(target=m.download, args=(url, "third.pt")) for _ in range(3)]
-    for do in (threading.Thread.start, threading.Thread.join):
-        for thread in threads:
-            do(thread)
-    assert (path.parent / "third.pt").read_bytes() == Ranges.CONTENT and len(Ranges.asked) == 4
-    server.shutdown()
+def test_noise_of_an_image_depends_on_its_seed_and_index_only():
+    """Exactly: the noise of images 3..5 is the same alone and among others, step after step;
+    another seed, index or stream draws another."""
+    alone, among = m.image_generators(7, range(3, 6)), m.image_generators(7, range(64))
+    for _ in range(3):
+        noise = m.draw_noise(among, (3, 8, 8), "cpu")
+        assert torch.equal(m.draw_noise(alone, (3, 8, 8), "cpu"), noise[3:6])
+        assert len(noise.flatten(1).unique(dim=0)) == 64
+    first = [m.image_generators(*key)[0] for key in ((7, [3]), (8, [3]), (7, [4]), (7, [3], 1))]
+    assert len(m.draw_noise(first, (3,), "cpu").unique(dim=0)) == 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models_dit import PixelAttention, ResnetBlock, VAEDecoder, convert_vae
+from common.vae import PixelAttention, ResnetBlock, VAEDecoder, convert_vae
 
 TINY = dict(widths=(32, 64), layers=2)
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -1,13 +1,14 @@
-"""Run a script on a CUDA device that the CPU plays: `stand_in_cuda.py SCRIPT FLAGS --device cuda`.
+"""Run a script on a simulated CUDA device: `fake_cuda.py SCRIPT FLAGS --device cuda`.
 
-Its tensors hold ordinary ones and do their work, so results are the CPU's, and what goes wrong only
-on a GPU is seen without one: an operation on tensors of both devices fails, as do shapes that
-`_int_mm` does not take there, and a copy on another stream arrives as late as it may, when that
-stream is waited for. Memory is counted as CUDA's allocator counts it, so `max_memory_allocated`
-tells what a GPU would need, but for what its own kernels use. At the end a line says how often the
-host read from the device, and so waited for it, or copied to it from memory that is not pinned.
+Its tensors hold ordinary ones, on which the CPU does their work, so results are the CPU's, and what
+goes wrong only on a GPU is seen without one: an operation on tensors of both devices fails, as do
+shapes that `_int_mm` does not take there, and a copy on another stream arrives as late as it may,
+when that stream is waited for. Memory is counted as CUDA's allocator counts it, so
+`max_memory_allocated` tells what a GPU would need, but for what its own kernels use. At the end a
+line says how often the host read from the device, and so waited for it, or copied to it from memory
+that is not pinned.
 
-Needs a C++ compiler and a torch without CUDA. torch.compile and autocast are not played.
+Needs a C++ compiler and a torch without CUDA. torch.compile and autocast are not simulated.
 """
 
 import atexit
@@ -28,7 +29,7 @@ def load_device():
     torch = Path(importlib.util.find_spec("torch").origin).parent
     headers = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
     with tempfile.TemporaryDirectory() as folder:
-        library, source = f"{folder}/stand_in.so", Path(__file__).with_suffix(".cpp")
+        library, source = f"{folder}/fake_cuda.so", Path(__file__).with_suffix(".cpp")
         compiler = ["g++", "-std=c++20", "-shared", "-fPIC", *headers, source, "-o", library]
         subprocess.run([*compiler, f"-L{torch}/lib", "-ltorch_cpu", "-lc10"], check=True)
         for needed in (f"{torch}/lib/libc10.so", f"{torch}/lib/libtorch_cpu.so", library):
@@ -48,7 +49,7 @@ BLOCK = 512  # bytes that CUDA's allocator rounds up to
 
 
 class Memory:
-    """Bytes of the device in use, by the storage of the host tensors that stand for it."""
+    """Bytes of the device in use, by the storage of the host tensors that hold it."""
 
     def __init__(self):
         self.users, self.now, self.peak = Counter(), 0, 0
@@ -108,7 +109,7 @@ class OnDevice(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return play(function, args, kwargs or {})
+        return dispatch(function, args, kwargs or {})
 
     def __repr__(self, **_):
         return f"OnDevice({self.host})"
@@ -122,7 +123,7 @@ class Mode(TorchDispatchMode):
     """Sees what begins without a tensor of the device: new ones, and copies to it."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return play(function, args, kwargs or {})
+        return dispatch(function, args, kwargs or {})
 
 
 def pin_down(tensor):
@@ -135,7 +136,7 @@ def pinned(tensor):
     return held is not None and not held.expired()
 
 
-def play(function, args, kwargs):
+def dispatch(function, args, kwargs):
     """One operation: checked, counted, done on the host, its result where CUDA would have it."""
     tensors = [x for x in leaves((*args, *kwargs.values())) if isinstance(x, torch.Tensor)]
     on_device = [x for x in tensors if isinstance(x, OnDevice)]
@@ -227,12 +228,12 @@ def set_data(tensor, value, plain=torch._C.TensorBase.data):
 
 def install():
     """From here on torch has one CUDA device."""
-    plays = dict(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0)
-    plays |= dict(get_device_name=lambda *_: "the CPU", get_device_capability=lambda *_: (9, 0))
-    plays |= dict(_lazy_init=lambda: None, synchronize=lambda *_: None, stream=stream)
-    plays |= dict(current_stream=lambda *_: DEFAULT, Stream=Stream)
-    plays |= dict(max_memory_allocated=lambda *_: MEMORY.peak)
-    for name, value in plays.items():
+    fakes = dict(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0)
+    fakes |= dict(get_device_name=lambda *_: "simulated", get_device_capability=lambda *_: (9, 0))
+    fakes |= dict(_lazy_init=lambda: None, synchronize=lambda *_: None, stream=stream)
+    fakes |= dict(current_stream=lambda *_: DEFAULT, Stream=Stream)
+    fakes |= dict(max_memory_allocated=lambda *_: MEMORY.peak)
+    for name, value in fakes.items():
         setattr(torch.cuda, name, value)
     plain = torch._C.TensorBase.data
     torch.Tensor.data = property(plain.__get__, set_data)
@@ -245,7 +246,9 @@ def install():
 
 def report():
     counts = ", ".join(f"{EVENTS[key]} {key}" for key in ("reads", "copies from pageable memory"))
-    print(f"stand-in: {counts}, {MEMORY.now} bytes left, {MEMORY.peak} bytes at the peak")
+    print(
+        f"simulated CUDA device: {counts}, {MEMORY.now} bytes left, {MEMORY.peak} bytes at the peak"
+    )
 
 
 if __name__ == "__main__":

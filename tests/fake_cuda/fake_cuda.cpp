@@ -1,4 +1,4 @@
-// Tells torch that a CUDA device exists, for stand_in_cuda.py: what autograd asks of one. No stream
+// Tells torch that a CUDA device exists, for fake_cuda.py: what autograd asks of one. No stream
 // or event of it does anything, since all work is done in order on the CPU.
 
 #include <ATen/detail/CUDAHooksInterface.h>

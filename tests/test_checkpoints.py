@@ -1,0 +1,93 @@
+"""Checkpoints of DiT in and out of common/checkpoints.py, and downloads that break off."""
+
+import argparse
+import http.server
+import threading
+
+import pytest
+import torch
+from conftest import LIVELY, lively_dit
+
+from common import checkpoints as c
+from common.cli import InputError
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes", [{}, dict(in_channels=1, learn_sigma=False), dict(mlp_ratio=61 / 24)]
+)
+def test_load_dit_reads_the_shape_off_the_checkpoint(tmp_path, changes):
+    """Plain state dict: width, depth, patch, channels, classes and input size need no flag."""
+    model = lively_dit(**changes)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    loaded, config = c.load_dit(tmp_path / "a.pt", num_heads=3)
+    assert config == LIVELY | dict(mlp_ratio=4.0, learn_sigma=True) | changes
+    x = torch.randn(2, config["in_channels"], 8, 8)
+    t = y = torch.tensor([1, 2])
+    assert torch.equal(loaded(x, t, y), model(x, t, y))
+
+
+def test_load_dit_takes_the_ema_of_a_training_checkpoint(tmp_path):
+    """As DiT's train.py saves it, with an argparse.Namespace inside."""
+    model = lively_dit()
+    other = {k: v + 1 for k, v in model.state_dict().items()}
+    saved = dict(model=other, ema=model.state_dict(), opt={}, args=argparse.Namespace(lr=1))
+    torch.save(saved, tmp_path / "a.pt")
+    loaded, _ = c.load_dit(tmp_path / "a.pt", num_heads=3)
+    assert torch.equal(loaded.pos_embed, model.pos_embed)
+
+
+def test_load_dit_asks_for_heads_and_names_what_does_not_fit(tmp_path):
+    """An unknown width needs --num-heads; a missing or odd tensor is named."""
+    state = lively_dit().state_dict()
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="--num-heads"):
+        c.load_dit(tmp_path / "a.pt")
+    del state["blocks.1.attn.proj.bias"]
+    torch.save(state, tmp_path / "b.pt")
+    with pytest.raises(InputError, match="blocks.1.attn.proj.bias"):
+        c.load_dit(tmp_path / "b.pt", num_heads=3)
+
+
+def test_official_widths_know_their_heads():
+    """XL 16, L 16, B 12, S 6."""
+    assert [c.HEADS[w] for w in (1152, 1024, 768, 384)] == [16, 16, 12, 6]
+
+
+class Ranges(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT, honours Range, and cuts the first reply short."""
+
+    CONTENT = bytes(range(256)) * 40
+    cut, asked = True, []
+
+    def do_GET(self):
+        start = int(self.headers.get("Range", "bytes=0-").split("=")[1].rstrip("-"))
+        self.asked.append(start)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.CONTENT) - start))
+        self.end_headers()
+        self.wfile.write(self.CONTENT[start:5000] if self.cut else self.CONTENT[start:])
+        type(self).cut = False
+
+    def log_message(self, *args):
+        pass
+
+
+def test_download_resumes_where_it_broke_off(tmp_path, monkeypatch):
+    """A cut connection keeps what came, the next call asks for the rest; of several, one loads."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    server = http.server.HTTPServer(("127.0.0.1", 0), Ranges)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/weights"
+    with pytest.raises(InputError, match="resume"):
+        c.download(url, "weights.pt")
+    path = c.download(url, "weights.pt")
+    assert path.read_bytes() == Ranges.CONTENT and Ranges.asked == [0, 4999]
+    with pytest.raises(InputError, match="sha256"):
+        c.download(url, "other.pt", sha256_prefix="00")
+    threads = [threading.Thread(target=c.download, args=(url, "third.pt")) for _ in range(3)]
+    for do in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            do(thread)
+    assert (path.parent / "third.pt").read_bytes() == Ranges.CONTENT and len(Ranges.asked) == 4
+    server.shutdown()

@@ -1,0 +1,160 @@
+"""common/fast_search.py chooses what `quant_ops.search` chooses, with fewer losses computed."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import linear_data
+
+import quant_ops as q
+from common import fast_search
+from common.fast_search import FastSearch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+class Chunks(list):
+    """Data whose chunks are numbers."""
+
+    group, device = None, CPU
+
+
+class Table:
+    """A loss that is looked up, entry (chunk, candidate) of a table; remembers the entries."""
+
+    def __init__(self, table):
+        self.table, self.calls = table, []
+
+    def prepare(self, chunk):
+        return chunk
+
+    def __call__(self, chunk, shared, candidate):
+        self.calls.append((chunk, int(candidate)))
+        return self.table[chunk, int(candidate)]
+
+
+NUMBERS = q.Candidates(lambda i: i, torch.arange(100))
+
+
+def random_table(shape, seed):
+    """(20, 100, ...) losses around a minimum: whole numbers, so with many ties; some are NaN, and
+    the last candidates, without loss, are reached before the last chunk."""
+    generator = torch.Generator().manual_seed(seed)
+    curve = torch.linspace(-3, 2, 100).square().view(100, *[1] * len(shape))
+    noise = torch.rand(20, 100, *shape, generator=generator).mul(4).round()
+    table = curve.round() + noise
+    table[-3:] = 0
+    table[5, (seed * 31) % 97 :: 7] = torch.nan
+    return table
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (4, 1)])
+@pytest.mark.parametrize("seed", range(4))
+def test_choice_is_that_of_the_plain_search(shape, seed):
+    """The first of the least sums, ties and all, NaN never, whatever an earlier search expected."""
+    search, rows = FastSearch(), Chunks(range(20))
+    for table in (random_table(shape, seed), random_table(shape, seed + 50)):
+        for scale in (1.0, 0.1, 30.0):  # what is expected is right, too little, too much
+            loss = Table(scale * table)
+            found = search(NUMBERS, rows, loss)
+            assert torch.equal(found, q.search(NUMBERS, rows, loss))
+            assert not loss.table.sum(dim=0)[found].isnan().any()
+
+
+def test_nan_everywhere_leaves_the_first():
+    """No candidate is better than another: both searches take the first, and end."""
+    loss = Table(torch.full((3, 100), torch.nan))
+    assert FastSearch()(NUMBERS, Chunks(range(3)), loss) == q.search(NUMBERS, range(3), loss) == 0
+
+
+def test_no_loss_is_computed_twice_and_pruning_saves_many():
+    """Every candidate is tried; the losses of pruned ones are left out, the more so the second
+    time, when it is known what to expect."""
+    search, counts = FastSearch(), []
+    for _ in range(2):
+        loss = Table(random_table((), 1).nan_to_num(9.0))
+        search(NUMBERS, Chunks(range(20)), loss)
+        assert len(loss.calls) == len({*loss.calls}) and {i for _, i in loss.calls} == {*range(100)}
+        counts.append(len(loss.calls))
+    assert counts[1] < counts[0] < 0.8 * 20 * 100
+
+
+def test_candidate_that_one_channel_still_needs_is_kept():
+    """Channels have minima at either end; nothing but the whole sum separates the best two."""
+    table = torch.full((8, 100, 2), 9.0)
+    table[:, 2, 0], table[:, 97, 1] = 1, 1
+    table[:, 1:3, 1], table[:, 97, 0] = 99, 99
+    table[0, 2, 0], table[7, 1, 0], table[:7, 1, 0] = 2, 3, 1  # 9 and 10 in the end
+    assert FastSearch()(NUMBERS, Chunks(range(8)), Table(table)).tolist() == [2, 97]
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses of linear layers on integer codes
+
+
+def linear_case(bits, gelu, by_group):
+    """Candidates of weight and input, their starts, and data of a layer (24, 32), three groups."""
+    torch.manual_seed(bits)
+    W, x, group = torch.randn(24, 32) / 8, 2 * torch.randn(60, 32), torch.arange(60) // 20
+    x = torch.nn.functional.gelu(x) if gelu else x
+    data = linear_data(torch.randn(60, 24), x @ W.T, x, group, rows=25)
+    ends = x.aminmax() if not by_group else x.view(3, -1).aminmax(dim=1)
+    Q_X, grids = (q.gelu_candidates if gelu else q.uniform_candidates)(*ends, bits)
+    return W, q.uniform_candidates(*W.aminmax(dim=1, keepdim=True), bits), Q_X, grids, data
+
+
+def alternate(search, case, gelu):
+    """Alg. 1 lines 17-22 twice: Delta of weight and input."""
+    W, (Q_W, weights), Q_X, grids, data = case
+    for _ in range(2):
+        Q_W = search(weights, data, q.WeightLoss(W, Q_X))
+        for around in grids if gelu else [lambda _: grids]:
+            Q_X = search(around(Q_X), data, q.InputLoss(W, Q_W))
+    return [*Q_W.buffers(), *Q_X.buffers()]
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("bits, by_group", [(8, False), (6, True), (4, True)])
+def test_search_on_integers_chooses_what_the_plain_search_chooses(
+    monkeypatch, gelu, bits, by_group
+):
+    """The same scales of weights and inputs from int8 products as from floating point."""
+    monkeypatch.setattr(fast_search, "has_int_unit", lambda device: True)
+    case = linear_case(bits, gelu, by_group)
+    data, loss = case[-1], q.WeightLoss(case[0], case[2])
+    assert isinstance(fast_search.on_integers(loss, data), fast_search.IntWeightLoss)
+    found, expected = (alternate(search, case, gelu) for search in (FastSearch(), q.search))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("device, unit, quantized, rows, outputs, integers", [
+    (CPU, True, True, 3, 23, True),
+    (CPU, True, False, 40, 24, False),  # inputs that are no integers
+    (CPU, False, True, 40, 24, False),
+    (CUDA, True, True, 17, 24, True),
+    (CUDA, True, True, 16, 24, False),  # a chunk too short for CUDA's unit
+])  # fmt: skip
+def test_losses_are_on_integers_where_they_can(
+    monkeypatch, device, unit, quantized, rows, outputs, integers
+):
+    """Codes where there is a unit for them, it takes every chunk, and the inputs are quantized."""
+    monkeypatch.setattr(fast_search, "has_int_unit", lambda device: unit)
+    data = linear_data(torch.zeros(50 + rows, outputs), x=torch.zeros(50 + rows, 64), rows=50)
+    data.device = device
+    W, one = torch.zeros(outputs, 64), torch.tensor(1.0)
+    Q = q.UniformQuantizer(8, one, one)
+    for loss in (q.WeightLoss(W, Q if quantized else q.FullPrecision()), q.InputLoss(W, Q)):
+        on_codes = type(fast_search.on_integers(loss, data)) is not type(loss)
+        assert on_codes == (integers or not quantized and isinstance(loss, q.InputLoss))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("unit", [False, True])
+def test_compiled_search_chooses_the_same_scales(monkeypatch, unit):
+    """--compile fuses passes over memory and changes no scale."""
+    monkeypatch.setattr(fast_search, "has_int_unit", lambda device: unit)
+    case = linear_case(6, gelu=True, by_group=True)
+    searches = FastSearch(compile_losses=True), FastSearch()
+    found, expected = (alternate(search, case, gelu=True) for search in searches)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
