@@ -229,7 +229,7 @@ def gelu_candidates(low: Tensor, high: Tensor, bits: int) -> tuple[Quantizer, li
 def hessian_loss(delta: Tensor, grad: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
     """Output error weighted by the diagonal Fisher information, summed over `dim` (default all).
 
-    # Eq. (16): delta^T G delta with G = diag(grad^2); grad = 1 makes it the plain squared error
+    # Eq. (13)-(16): delta^T G delta, G = diag(grad^2) for the Hessian; grad = 1: squared error
     """
     return (delta * grad).square_().sum(dim)  # vector_norm is slower than a product on a CPU
 
