@@ -1,4 +1,4 @@
-"""Time of a sampling step: the public DiT code, ours in full precision, and fake-quantized W8A8.
+"""Time of a sampling step: the public DiT code, ours in full precision, and quantized.
 
 Every contender takes some steps in turn, in alternating order, for some rounds; guidance is on. The
 ratio is the median over rounds of its time to that of full precision in the same round.
@@ -7,7 +7,7 @@ the quantizers are min-max ones of a single forward pass: values do not change t
 --official is a checkout of github.com/facebookresearch/DiT; its code imports timm.
 
     python benchmarks/sampling.py --official DiT
-    python benchmarks/sampling.py --models xl --blocks 2 --batch-size 1 --rounds 5
+    python benchmarks/sampling.py --models xl --blocks 2 --bits 6/6 4/8 --engines float int8
 """
 
 import argparse
@@ -25,8 +25,9 @@ from random_run import STEPS, lively, released_layers
 
 from common.checkpoints import load_dit
 from common.cli import InputError, pick_device, run_script
+from common.int8_engine import build
 from common.offload import units
-from common.quant_file import build_quantized, linear_state, matmul_state, quantized_parts
+from common.quant_file import linear_state, matmul_state, quantized_parts
 from models_dit import (
     Diffusion, DiT_models, MatMul, explicit_products, image_generators, trajectory,
 )  # fmt: skip
@@ -34,21 +35,22 @@ from quant_ops import (
     FullPrecision, SoftmaxQuantizer, gelu_candidates, softmax_grid, uniform_candidates,
 )  # fmt: skip
 
-GROUPS, BITS, GUIDANCE = 10, 8, 1.5  # the paper's
+GROUPS, GUIDANCE = 10, 1.5  # the paper's
 FULL = "ours, full precision"
 
 
-def layer_state(layer, spec, ranges):
+def layer_state(layer, spec, ranges, bits):
     """What 03 would write of a layer, scales from min-max; `ranges` are those of its inputs."""
-    uniform = [uniform_candidates(*ends, BITS)[0] for ends in ranges]
+    wbits, abits = bits
+    uniform = [uniform_candidates(*ends, abits)[0] for ends in ranges]
     if isinstance(layer, MatMul):
-        softmax = SoftmaxQuantizer(BITS, softmax_grid(BITS)[4].repeat(GROUPS))
+        softmax = SoftmaxQuantizer(abits, softmax_grid(abits)[4].repeat(GROUPS))
         return matmul_state(softmax if spec.post_softmax else uniform[0], uniform[1])
-    Q_X = gelu_candidates(*ranges[0], BITS)[0] if spec.post_gelu else uniform[0]
+    Q_X = gelu_candidates(*ranges[0], abits)[0] if spec.post_gelu else uniform[0]
     if spec.reads_image:  # D6
         Q_X = FullPrecision()
     weight = layer.weight.flatten(1)
-    Q_W = uniform_candidates(*weight.aminmax(dim=1, keepdim=True), BITS)[0]
+    Q_W = uniform_candidates(*weight.aminmax(dim=1, keepdim=True), wbits)[0]
     return linear_state(layer, weight, Q_W, Q_X)
 
 
@@ -69,18 +71,19 @@ def input_ranges(model, names, batch):
     return ranges
 
 
-def quantize(model, config, batch):
-    """The W8A8 model that `build_quantized` makes of a file with the released layers (D6)."""
+def quantize(model, config, batch, bits=(8, 8), engine="float"):
+    """The model of a quant file with the released layers (D6), as 04 makes it for this engine."""
     layers = {}
     for unit in units(model):
         layers |= released_layers(model, unit)
     ranges = input_ranges(model, layers, batch)
     states = {
-        name: layer_state(model.get_submodule(name), spec, ranges[name])
+        name: layer_state(model.get_submodule(name), spec, ranges[name], bits)
         for name, spec in layers.items()
     }
     file = quantized_parts(model, config, states, STEPS, GROUPS)
-    return build_quantized(file, "this model").to(batch[0].device)
+    device = batch[0].device
+    return build(file, "this model", engine, device).to(device)
 
 
 def load_official(path, config, model):
@@ -131,15 +134,26 @@ def contenders(name, args):
         model = lively(config, args.device)
     y = torch.arange(args.batch_size, device=args.device) % model.num_classes
     x = torch.randn(len(y), model.in_channels, *[model.input_size] * 2, device=args.device)
-    quantized = quantize(model, config, (x, torch.full_like(y, 500), y))
-    runs = {FULL: ours(model, y), "W8A8": ours(quantized, y)}
+    runs, models = {}, {FULL: model}
+    for bits in args.bits:
+        for engine in args.engines:
+            label = f"W{bits[0]}A{bits[1]}" + (", --engine int8" if engine == "int8" else "")
+            batch = x, torch.full_like(y, 500), y
+            models[label] = quantize(model, config, batch, bits, engine)
+    for label, found in models.items():
+        runs[label] = ours(found, y)
+        if args.compile:
+            runs[f"{label}, --compile"] = ours(found, y, compiled=True)
     if args.official:
         theirs = load_official(args.official, config, model)
         runs["public DiT code"] = official(*theirs, x, y, model.num_classes)
-    if args.compile:
-        runs[f"{FULL}, --compile"] = ours(model, y, compiled=True)
-        runs["W8A8, --compile"] = ours(quantized, y, compiled=True)
     return runs
+
+
+def widths(text):
+    """`6/6` as the bits of weights and activations."""
+    wbits, abits = map(int, text.split("/"))
+    return wbits, abits
 
 
 @torch.no_grad()
@@ -186,6 +200,9 @@ def parse_args():
     p.add_argument("--official", type=Path, help="a checkout of the public DiT code")
     p.add_argument("--models", nargs="+", choices=("demo", "xl"), default=["demo", "xl"])
     p.add_argument("--blocks", type=int, help="of DiT-XL/2, if not all 28")
+    p.add_argument("--bits", type=widths, nargs="+", default=[(8, 8)], help="such as 8/8 6/6 4/8")
+    engines = ("float", "int8")
+    p.add_argument("--engines", nargs="+", choices=engines, default=["float"], help="of 04")
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--steps", type=int, default=5, help="a round's steps of each")
