@@ -36,10 +36,10 @@ def parse_args():
     p.paper.add_argument("--model", choices=sorted(DiT_models), help="checked against --ckpt")
     p.paper.add_argument("--ckpt", help="DiT checkpoint; without it DiT-XL/2 is downloaded")
     p.paper.add_argument("--image-size", type=int, choices=(256, 512), default=256, help="pixels")
-    p.ours.add_argument("--num-heads", type=whole_number, help="if the width is no official one")
+    p.ours.add_argument("--num-heads", type=whole_number, help="where the width is no official one")
     p.ours.add_argument("--vae", choices=("mse", "ema", "none"), default="mse", help="none: pixels")
     p.ours.add_argument("--cfg-scale", type=float, default=1.5, help="1 turns guidance off (D3)")
-    p.ours.add_argument("--cfg-channels", type=whole_number, default=3, help="guided, of eps (D3)")
+    p.ours.add_argument("--cfg-channels", type=whole_number, default=3, help="of eps, guided (D3)")
     p.ours.add_argument("--trajectories", type=whole_number, default=64, help="to draw from (D13)")
     p.ours.add_argument("--seed", type=whole_number, default=0, help="of labels, tuples, noise")
     p.machine.add_argument("--batch-size", type=whole_number, default=32, help="trajectories")
@@ -69,8 +69,8 @@ def draw_labels(rng, count, num_classes):
 def draw_tuples(rng, T, G, n, trajectories, labels, null_label=None):
     """Alg. 1 lines 6-8: which n distinct (trajectory, t) of every time group to keep, Eq. (9)-(10).
 
-    Returns a dict of (n G,) tensors: trajectory, t, group, y. Given a null label, every second
-    tuple carries it, because guided sampling asks the network under both (D3).
+    Returns a dict of (n G,) tensors: trajectory, t in 0..T-1, group in 0..G-1, y. Given a null
+    label, every second tuple of a group carries it, as guided sampling asks under both (D3).
     """
     t_all, picked = np.arange(T), []
     for i in range(G):  # line 6
@@ -86,18 +86,18 @@ def draw_tuples(rng, T, G, n, trajectories, labels, null_label=None):
 
 @torch.no_grad()
 def collect(model, diffusion, first, y, rows, settings, bar):
-    """Alg. 1 lines 4-5 for the trajectories first, first + 1, ...: x_t and x_0 of the kept rows."""
+    """Alg. 1 lines 4-5 for the trajectories first, first + 1, ... of labels y: the kept rows."""
     mine = (rows["trajectory"] >= first) & (rows["trajectory"] < first + len(y))
     mine = mine.nonzero()[:, 0]
     index, row_t = rows["trajectory"][mine] - first, rows["t"][mine]
     generators = image_generators(settings["seed"], range(first, first + len(y)), STREAM)
     guidance = settings["cfg_scale"], settings["cfg_channels"]
     x = torch.empty(len(mine), model.in_channels, model.input_size, model.input_size)
-    for t, x_t in trajectory(model, diffusion, y, generators, *guidance):  # line 4
+    for t, x_t in trajectory(model, diffusion, y, generators, *guidance):  # line 4: T-1..0, x_0
         if (row_t == t).any():
             x[row_t == t] = x_t.cpu()[index[row_t == t]]  # line 5
         bar.update()
-    return dict(mine=mine, x=x, x_0=x_t.cpu()[index])
+    return dict(mine=mine, x=x, x_0=x_t.cpu()[index])  # x_t is the last that came, x_0
 
 
 def collect_all(model, batches, rows, settings, parts):

@@ -3,9 +3,9 @@
 Paper: Sec. III-B, Alg. 1 lines 9-12, Eq. (11).  In: RUN/calib.pt.
 Out: RUN/grads/{embed,block_NN,final}.pt, each with dL/d(outputs) of a unit, and the embedder's with
 the network's inputs. Every layer's output and gradient inside a unit follow from these in Phase 3,
-as in gradient checkpointing, so nothing is stored per layer (D14). The device holds one unit and
-one batch at a time, the host one unit's rows; disk: 4 bytes x n G x tokens x width x depth (11 GB
-for DiT-XL/2), two units' worth more meanwhile.
+as in gradient checkpointing, so nothing is stored per layer (D14). Units are outside and batches of
+samples inside: the device holds one of each at a time, the host one unit's rows; disk: 4 bytes x
+n G x tokens x width x depth (11 GB for DiT-XL/2), two units' worth more meanwhile.
 
     python 02_grad_cache.py --run runs/xl
 """
@@ -62,16 +62,19 @@ def loss_gradient(model, out, eps):
 def unit_gradient(function, x, c, grad):
     """dL/dx and dL/dc of a block or of the final layer, from dL/d(output)."""
     x, c = x.requires_grad_(), c.requires_grad_()
-    return torch.autograd.grad(function(x, c)[0], (x, c), grad)
+    (out,) = function(x, c)
+    return torch.autograd.grad(out, (x, c), grad)
 
 
 def start_backward(model, eps, parts, batch_size, device):
-    """Hand dL/d(output) to the final layer; dL/dc is summed up from zero."""
+    """Alg. 1 line 12 begins: dL/d(output) of the final layer, (R, S, outputs), and dL/dc, summed up
+    from zero, (R, D)."""
     x, c = parts.load("in_final")
     with unit_on(model, "final", device) as function:
 
         def gradient(x, c, eps):
-            return [loss_gradient(model, function(x, c)[0], eps)]
+            (out,) = function(x, c)
+            return [loss_gradient(model, out, eps)]
 
         grad = in_batches(gradient, [x, c, eps], batch_size, device)
     parts.save("grad_final", [*grad, torch.zeros_like(c)])
@@ -80,8 +83,8 @@ def start_backward(model, eps, parts, batch_size, device):
 def backward_pass(model, folder, parts, head, batch_size, device):
     """Alg. 1 line 12: write the file of every unit, the last first; each hands its gradient on."""
     names = list(units(model))
-    before = dict(zip(names[1:], names, strict=False))
-    reached = next(i for i, name in enumerate(names) if parts.has(f"grad_{name}"))
+    previous = dict(zip(names[1:], names, strict=False))
+    reached = next(i for i, name in enumerate(names) if parts.has(f"grad_{name}"))  # resuming
     for name in tqdm(names[reached::-1], desc="02 backward", unit="unit"):  # l = L, ..., 1
         inputs, (grad, grad_c) = parts.load(f"in_{name}"), parts.load(f"grad_{name}")
         unit = dict(unit=name, unit_grads=[grad])
@@ -89,11 +92,11 @@ def backward_pass(model, folder, parts, head, batch_size, device):
             unit |= dict(unit_grads=[grad, grad_c], unit_inputs=inputs)
         with atomic_write(folder / f"{name}.pt") as file:
             torch.save(head | unit, file)
-        if name in before:
+        if name in previous:
             with unit_on(model, name, device) as function:
                 backward = partial(unit_gradient, function)
-                grad, own = in_batches(backward, [*inputs, grad], batch_size, device)
-            parts.save(f"grad_{before[name]}", [grad, grad_c + own])
+                grad, more_c = in_batches(backward, [*inputs, grad], batch_size, device)
+            parts.save(f"grad_{previous[name]}", [grad, grad_c + more_c])
             for part in (f"grad_{name}", f"in_{name}"):
                 parts.remove(part)
 

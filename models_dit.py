@@ -2,10 +2,10 @@
 
 The network is the diffusion transformer of Peebles and Xie (arXiv 2212.09748), with the parameter
 names and constructor keywords of the public checkpoints, so those load with `strict=True`. Two
-things differ inside, neither changes a number: the attention products are child modules `qk` and
-`av`, so quantizing swaps children and patches no `forward`; and `DiT.forward` looks up each
-sample's time group (Eq. 9) once and hands it down as an argument. Imports torch and numpy alone:
-copy it into a project of your own.
+things differ inside, neither changes what is computed: the attention products are child modules
+`qk` and `av`, so quantizing swaps children and patches no `forward`; and `DiT.forward` looks up
+each sample's time group (Eq. 9) once and hands it down as an argument. Imports torch and numpy
+alone: copy it into a project of your own.
 
 Shapes: N samples, C channels, S tokens, D width, H heads, T timesteps.
 
@@ -291,8 +291,8 @@ TRAIN_TIMESTEPS = 1000
 
 
 def respaced_timesteps(num_timesteps):
-    """The T of 0..999 that sampling visits, evenly spread, both ends included; ValueError if T is
-    not 1..1000."""
+    """The T of 0..999 that sampling visits, evenly spread, with both ends (T = 1: with 0);
+    ValueError if T is not 1..1000."""
     if not 1 <= num_timesteps <= TRAIN_TIMESTEPS:
         raise ValueError(f"T = {num_timesteps} timesteps: must be 1..{TRAIN_TIMESTEPS}")
     stride = (TRAIN_TIMESTEPS - 1) / (num_timesteps - 1) if num_timesteps > 1 else 1

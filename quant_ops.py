@@ -1,6 +1,6 @@
 """The quantizers of TQ-DiT (arXiv 2502.04056), their objective, and the search for their scales.
 
-Imports torch alone: copy it into a project of your own. Everything runs where its arguments lie.
+Imports torch alone. Everything runs where its arguments lie. README.md lists D1, D2, ...
 
     paper          here                 shape and meaning
     s              scale                step size: () per tensor, (O, 1) per output channel,
@@ -10,7 +10,7 @@ Imports torch alone: copy it into a project of your own. Everything runs where i
     s_1, s_2       scale1, scale2       step sizes of the two regions of MRQ, Sec. III-C
     Delta_W, ...   Q_W, Q_X, Q_A, Q_B   quantization parameters, held by the quantizer they make
     G_i            group                time group of each row, 0..G-1, Eq. (9)
-    eps^(l)        z                    output of layer l, in full precision; rows first
+    eps^(l)        out                  output of layer l less its bias, in full precision
     dL/d eps^(l)   grad                 gradient of Eq. (11) there; G^(l) is its square
 
     Eq. (5)   qparams_from_range, quantize, fake_quant    Eq. (9)         time_group
@@ -32,7 +32,6 @@ from torch import Tensor
 
 def qparams_from_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the range [low, high], which is widened to hold 0 (so 0 is exact).
-
     # Eq. (5): s = (max - min) / (2^k - 1), z = -round(min / s)
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
@@ -95,8 +94,8 @@ def mrq_gelu(x: Tensor, scale1: Tensor, scale2: Tensor, bits: int) -> Tensor:
 # Time groups
 
 
-def time_group(t: Tensor | int, num_timesteps: int, num_groups: int) -> Tensor | int:
-    """Group 0..G-1 of sampling index t in 0..T-1.
+def time_group(t, num_timesteps: int, num_groups: int):
+    """Group 0..G-1 of sampling index t in 0..T-1: a tensor, an array or a number of them.
 
     # Eq. (9): t in G_i iff (i-1) T / G <= t <= i T / G - 1; Deviation D4 when G does not divide T
     """
@@ -108,7 +107,7 @@ def time_group(t: Tensor | int, num_timesteps: int, num_groups: int) -> Tensor |
 
 
 class Quantizer(nn.Module):
-    """A bit width k, and Delta as buffers of these `names`: () each or, with time groups, (G,)."""
+    """A bit width k, and Delta as buffers: () each; with time groups (G,), of a weight (O, 1)."""
 
     names: tuple[str, ...]
     on_grid: Callable  # (x, *Delta, bits) -> x on the grid
@@ -119,8 +118,8 @@ class Quantizer(nn.Module):
         for name, value in zip(self.names, values, strict=True):
             self.register_buffer(name, value)
 
-    def delta(self, x, group):
-        """Delta for x: as it is, or given the rows' time groups, (R,), that of every row of x."""
+    def params_for(self, x, group):
+        """Delta for x: as it is, or given the time groups of its rows, (N,), that of every row."""
         values = [getattr(self, name) for name in self.names]
         if group is None or values[0].ndim == 0:
             return values
@@ -128,11 +127,11 @@ class Quantizer(nn.Module):
 
     def forward(self, x, group=None):
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision would misplace codes
-        return self.on_grid(x, *self.delta(x, group), self.bits)
+        return self.on_grid(x, *self.params_for(x, group), self.bits)
 
 
 class UniformQuantizer(Quantizer):
-    """Eq. (5). Of a weight, Delta may be (O, 1): its own for each output channel (D5)."""
+    """Eq. (5); a weight's has Delta of its own for each output channel (D5)."""
 
     names, on_grid = ("scale", "zero_point"), staticmethod(fake_quant)
 
@@ -168,14 +167,16 @@ def join_groups(quantizers: list[Quantizer]) -> Quantizer:
 
 
 class Candidates:
-    """The quantizers that a search tries, `make(value)` for each of `values` (C,); indices of any
-    shape, one for each channel, choose a value for each."""
+    """What a search tries, `make(value)` for each of `values`; of indices (O, 1), one a channel."""
 
     def __init__(self, make: Callable[[Tensor], Quantizer], values: Tensor):
         self.make, self.values = make, values
 
     def __len__(self):
         return len(self.values)
+
+    def __iter__(self):
+        return (self.make(value) for value in self.values)
 
     def __getitem__(self, index):
         return self.make(self.values[index])
@@ -192,23 +193,20 @@ def softmax_grid(bits: int, count: int = 20) -> Tensor:
 
 
 def uniform_candidates(low: Tensor, high: Tensor, bits: int) -> tuple[Quantizer, Candidates]:
-    """The min-max quantizer of Eq. (5), and candidates with alpha times its scale (D7); the zero
-    point stays (D15)."""
+    """The min-max quantizer of Eq. (5), and candidates with alpha times its scale (D7, D15)."""
     s, z = qparams_from_range(low, high, bits)
     candidates = Candidates(lambda a: UniformQuantizer(bits, a * s, z), scale_grid().to(s))
     return UniformQuantizer(bits, s, z), candidates
 
 
-def softmax_candidates(bits: int, device: torch.device) -> tuple[Quantizer, Candidates]:
-    """MRQ after softmax: the quantizer with the largest s_1, and one for each of `softmax_grid`."""
-    grid = softmax_grid(bits).to(device)
-    candidates = Candidates(lambda s_1: SoftmaxQuantizer(bits, s_1), grid)
-    return candidates[0], candidates
+def softmax_candidates(bits: int, device: torch.device) -> Candidates:
+    """MRQ after softmax: a quantizer for each s_1 of `softmax_grid`."""
+    return Candidates(lambda s_1: SoftmaxQuantizer(bits, s_1), softmax_grid(bits).to(device))
 
 
 def gelu_candidates(low: Tensor, high: Tensor, bits: int) -> tuple[Quantizer, list[Callable]]:
-    """MRQ after GELU: the min-max quantizer, and two functions of a quantizer: candidates around it
-    with alpha times the min-max s_1, then s_2 (D9)."""
+    """MRQ after GELU: the min-max quantizer, and [f_1, f_2], where f_j(Q) are the candidates that
+    take alpha times the min-max s_j and the other scale of Q (D9)."""
     s_1 = -low.clamp(max=-1e-6) / 2 ** (bits - 1)
     s_2 = high.clamp(min=1e-6) / (2 ** (bits - 1) - 1)
     grid = scale_grid().to(s_1)
@@ -226,17 +224,18 @@ def gelu_candidates(low: Tensor, high: Tensor, bits: int) -> tuple[Quantizer, li
 # Hessian-guided optimization (HO): the objective, as a function of one quantizer
 
 
-def hessian_loss(delta: Tensor, grad: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+def hessian_loss(delta: Tensor, grad: Tensor, dim=None) -> Tensor:
     """Output error weighted by the diagonal Fisher information, summed over `dim` (default all).
 
-    # Eq. (13)-(16): delta^T G delta, G = diag(grad^2) for the Hessian; grad = 1: squared error
+    # Eq. (13)-(16): delta^T G delta, G = diag(grad^2) for the Hessian, less the terms that the
+    # paper drops; grad = 1 makes it the plain squared error
     """
-    return (delta * grad).square_().sum(dim)  # vector_norm is slower than a product on a CPU
+    return (delta * grad).square_().sum(dim)
 
 
 class WeightLoss(NamedTuple):
-    """Eq. (16) of a linear layer, z = X W^T, on a chunk (grad, z, x, group) of rows as a function
-    of Delta_W, Delta_X being fixed: one loss for each scale of the weight."""
+    """Eq. (16) of a linear layer, out = X W^T, as a function of Delta_W, Delta_X being fixed. A
+    chunk has a row for each token: x (R, I), out and grad (R, O), group (R,)."""
 
     weight: Tensor  # (O, I)
     Q_X: Quantizer | FullPrecision
@@ -246,13 +245,13 @@ class WeightLoss(NamedTuple):
         return self.Q_X(chunk.x, chunk.group)
 
     def __call__(self, chunk, X_hat, Q_W):
-        delta = torch.addmm(chunk.z, X_hat, Q_W(self.weight).T, alpha=-1)  # z - X_hat W_hat^T
+        delta = torch.addmm(chunk.out, X_hat, Q_W(self.weight).T, alpha=-1)  # out - X_hat W_hat^T
         loss = hessian_loss(delta, chunk.grad, dim=0)  # (O,)
-        return loss[:, None] if Q_W.scale.ndim else loss.sum()
+        return loss[:, None] if Q_W.scale.ndim else loss.sum()  # one for each scale
 
 
 class InputLoss(NamedTuple):
-    """The same as a function of Delta_X, Delta_W being fixed: one loss."""
+    """The same as a function of Delta_X, Delta_W being fixed."""
 
     weight: Tensor  # (O, I)
     Q_W: Quantizer
@@ -262,12 +261,13 @@ class InputLoss(NamedTuple):
 
     def __call__(self, chunk, W_hat_T, Q_X):
         X_hat = Q_X(chunk.x, chunk.group)
-        return hessian_loss(torch.addmm(chunk.z, X_hat, W_hat_T, alpha=-1), chunk.grad)
+        return hessian_loss(torch.addmm(chunk.out, X_hat, W_hat_T, alpha=-1), chunk.grad)
 
 
 class LossOfA(NamedTuple):
-    """Eq. (16) of a product of activations, z = A B, on a chunk (grad, z, a, b, group) as a
-    function of Delta_A; Eq. (17) where the chunk is of one time group."""
+    """Eq. (16) of a product of activations, out = A B, as a function of Delta_A; Eq. (17) where all
+    rows are of one time group. A chunk has a row for each calibration tuple: a (N, H, S, K),
+    b (N, H, K, S'), out and grad (N, H, S, S'), group (N,)."""
 
     Q_B: Quantizer
 
@@ -275,7 +275,7 @@ class LossOfA(NamedTuple):
         return self.Q_B(chunk.b)
 
     def __call__(self, chunk, B_hat, Q_A):
-        delta = (Q_A(chunk.a, chunk.group) @ B_hat).sub_(chunk.z)
+        delta = (Q_A(chunk.a, chunk.group) @ B_hat).sub_(chunk.out)
         return hessian_loss(delta, chunk.grad, dim=(1, 2, 3)).sum()
 
 
@@ -288,12 +288,12 @@ class LossOfB(NamedTuple):
         return self.Q_A(chunk.a, chunk.group)
 
     def __call__(self, chunk, A_hat, Q_B):
-        return hessian_loss((A_hat @ Q_B(chunk.b)).sub_(chunk.z), chunk.grad)
+        return hessian_loss((A_hat @ Q_B(chunk.b)).sub_(chunk.out), chunk.grad)
 
 
 def search(candidates: Candidates, data, loss) -> Quantizer:
     """The quantizer of least loss over all chunks of `data`: every candidate on every chunk, then
-    the argmin, for each channel its own. Of equals the first; NaN never wins.
+    the argmin, for each channel its own. Of equals the first; NaN never wins against a number.
 
     # Eq. (8), (12), (17): argmin over Delta of E[delta^T G delta]; `loss` is one of the above
     """
@@ -304,13 +304,13 @@ def search(candidates: Candidates, data, loss) -> Quantizer:
     return candidates[total.nan_to_num(nan=torch.inf).argmin(dim=0)]
 
 
-NO_GRADIENT = 1e-6  # of a layer's largest: a time group that gets no more gets none
+NO_GRADIENT = 1e-6  # of a layer's largest |grad|: a time group that gets no more gets none
 
 
 def without_gradient(row_max: Tensor, channel_max: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a layer gets no gradient, and Eq. (16) falls back to plain squared error (D2): time
-    groups (G,) and output channels (O,), bool, from the largest magnitudes of its rows (R,), which
-    are of these groups (R,), and of its channels (O,)."""
+    """In which time groups (G,) and output channels (O,) a layer gets no gradient, bool: there
+    Eq. (16) is the plain squared error, times the mean of G^(l) over the rest (D2). Given are the
+    largest |grad| of its rows (R,), of these groups (R,), and of its channels (O,)."""
     by_group = torch.stack([row_max[group == i].max() for i in range(int(group.max()) + 1)])
     return by_group <= NO_GRADIENT * row_max.max(), channel_max == 0
 
@@ -320,7 +320,7 @@ def without_gradient(row_max: Tensor, channel_max: Tensor, group: Tensor) -> tup
 
 
 class QuantLinear(nn.Module):
-    """A linear layer with a quantized weight (O, I), on inputs that `act` quantizes."""
+    """A linear layer with a weight (O, I) on its grid already, on inputs that `act` quantizes."""
 
     def __init__(self, weight, bias, act):
         super().__init__()

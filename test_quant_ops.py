@@ -185,25 +185,25 @@ def check_loss(loss, quantizer, chunk, expected):
 
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_losses_of_a_linear_layer_are_eq_16(per_channel):
-    """Eq. (16) of z = X W^T: of the weight a loss for each of its scales, of the input one."""
-    W, x, (grad, z) = torch.randn(6, 4), torch.randn(30, 4), torch.randn(2, 30, 6)
+    """Eq. (16) of out = X W^T: of the weight a loss for each of its scales, of the input one."""
+    W, x, (grad, out) = torch.randn(6, 4), torch.randn(30, 4), torch.randn(2, 30, 6)
     ends = W.aminmax(dim=1, keepdim=True) if per_channel else W.aminmax()
     Q_W, Q_X = q.uniform_candidates(*ends, 3)[0], q.uniform_candidates(*x.aminmax(), 4)[0]
-    error = (grad * (z - Q_X(x) @ Q_W(W).T)) ** 2
+    error = (grad * (out - Q_X(x) @ Q_W(W).T)) ** 2
     by_scale = error.sum(0)[:, None] if per_channel else error.sum()
-    chunk = SimpleNamespace(grad=grad, z=z, x=x, group=None)
+    chunk = SimpleNamespace(grad=grad, out=out, x=x, group=None)
     check_loss(q.WeightLoss(W, Q_X), Q_W, chunk, by_scale)
     check_loss(q.InputLoss(W, Q_W), Q_X, chunk, error.sum())
 
 
 def test_losses_of_a_product_are_eq_16():
-    """Eq. (16), (17) of z = A B, as a function of either factor."""
+    """Eq. (16), (17) of out = A B, as a function of either factor."""
     a, b, group = torch.rand(3, 2, 4, 5), torch.randn(3, 2, 5, 6), torch.tensor([0, 1, 0])
-    grad, z = torch.randn(2, 3, 2, 4, 6)
+    grad, out = torch.randn(2, 3, 2, 4, 6)
     Q_A = q.SoftmaxQuantizer(4, torch.tensor([0.02, 0.005]))
     Q_B = q.uniform_candidates(*b.aminmax(), 4)[0]
-    error = (grad * (z - Q_A(a, group) @ Q_B(b))).square().sum()
-    chunk = SimpleNamespace(grad=grad, z=z, a=a, b=b, group=group)
+    error = (grad * (out - Q_A(a, group) @ Q_B(b))).square().sum()
+    chunk = SimpleNamespace(grad=grad, out=out, a=a, b=b, group=group)
     check_loss(q.LossOfA(Q_B), Q_A, chunk, error)
     check_loss(q.LossOfB(Q_A), Q_B, chunk, error)
 
@@ -224,9 +224,9 @@ class Loss:
 @pytest.mark.parametrize("low, high", [(-0.4, 0.4), (0.9, 1.1), (-30.0, 30.0)])
 def test_search_equals_brute_force_both_ends_included(low, high):
     """Eq. (8), (12): for every channel the argmin of the whole loss, wherever it lies."""
-    W, x, (grad, z) = torch.randn(6, 4), torch.randn(30, 4), torch.randn(2, 30, 6)
+    W, x, (grad, out) = torch.randn(6, 4), torch.randn(30, 4), torch.randn(2, 30, 6)
     alphas = torch.linspace(low, high, 21)
-    chunks = list(zip(grad.split(7), z.split(7), x.split(7), strict=True))
+    chunks = list(zip(grad.split(7), out.split(7), x.split(7), strict=True))
 
     def loss(chunk, alpha):
         return q.hessian_loss(chunk[2] @ (alpha * W).T - chunk[1], chunk[0], dim=0)
@@ -234,7 +234,7 @@ def test_search_equals_brute_force_both_ends_included(low, high):
     found = q.search(q.Candidates(lambda alpha: alpha, alphas), chunks, Loss(loss))
     for o in range(6):
         naive = [
-            sum((grad[r, o] * (x[r] @ (a * W[o]) - z[r, o])).item() ** 2 for r in range(30))
+            sum((grad[r, o] * (x[r] @ (a * W[o]) - out[r, o])).item() ** 2 for r in range(30))
             for a in alphas
         ]
         assert found[o] == alphas[naive.index(min(naive))]

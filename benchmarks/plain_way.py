@@ -69,7 +69,7 @@ def search_matmul(spec, data, rounds, search):
     parts, A = [data], uniform_candidates(*data.range("a"), BITS)[1]
     if spec.post_softmax:
         parts = [data.of_group(i) for i in range(data.num_groups)]
-        A = softmax_candidates(BITS, data.device)[1]
+        A = softmax_candidates(BITS, data.device)
     for _ in range(rounds):
         found = [search(A, rows, LossOfA(Q_B)) for rows in parts]
         Q_A = join_groups(found) if spec.post_softmax else found[0]

@@ -1,4 +1,4 @@
-"""`quant_ops.search`, sooner: the same signature, the same choice.
+"""`quant_ops.search`, faster: the same signature, the same choice.
 
 Candidates that cannot win any more are pruned, and those of linear layers are multiplied as integer
 codes where the device has a unit for that. Chunks are outside and candidates inside, so that a
@@ -114,7 +114,7 @@ class IntWeightLoss(NamedTuple):
         return input_codes(self.Q_X, chunk.x, chunk.group)
 
     def __call__(self, chunk, X_codes, Q_W):
-        delta = int_error(X_codes, weight_codes(Q_W, self.weight), chunk.z)
+        delta = int_error(X_codes, weight_codes(Q_W, self.weight), chunk.out)
         loss = hessian_loss(delta, chunk.grad, dim=0)
         return loss[:, None] if Q_W.scale.ndim else loss.sum()
 
@@ -129,5 +129,5 @@ class IntInputLoss(NamedTuple):
         return weight_codes(self.Q_W, self.weight)
 
     def __call__(self, chunk, W_codes, Q_X):
-        delta = int_error(input_codes(Q_X, chunk.x, chunk.group), W_codes, chunk.z)
+        delta = int_error(input_codes(Q_X, chunk.x, chunk.group), W_codes, chunk.out)
         return hessian_loss(delta, chunk.grad)

@@ -21,8 +21,8 @@ COPIES = 5  # a search holds a little less than so many times its chunk
 class LinearChunk(NamedTuple):
     """Rows of a linear layer, a row for each token; of a convolution, a row for each patch."""
 
-    grad: torch.Tensor  # (R, O), dL/dz
-    z: torch.Tensor  # (R, O), the output
+    grad: torch.Tensor  # (R, O), dL/d(out)
+    out: torch.Tensor  # (R, O)
     x: torch.Tensor  # (R, I)
     group: torch.Tensor  # (R,)
 
@@ -31,7 +31,7 @@ class MatMulChunk(NamedTuple):
     """Rows of a product of two activations, a row for each calibration tuple."""
 
     grad: torch.Tensor  # (R, H, S, S')
-    z: torch.Tensor  # (R, H, S, S')
+    out: torch.Tensor  # (R, H, S, S')
     a: torch.Tensor  # (R, H, S, K)
     b: torch.Tensor  # (R, H, K, S')
     group: torch.Tensor  # (R,)
@@ -39,7 +39,7 @@ class MatMulChunk(NamedTuple):
 
 @dataclass
 class LayerData:
-    """A layer's chunks on the host; iterating brings them to the device, z less the bias."""
+    """A layer's chunks on the host; iterating brings them to the device, `out` less the bias."""
 
     chunks: list
     device: torch.device
@@ -55,7 +55,7 @@ class LayerData:
             if not self.weighted:
                 chunk = chunk._replace(grad=torch.ones_like(chunk.grad))
             if self.bias is not None:
-                chunk = chunk._replace(z=chunk.z - self.bias)
+                chunk = chunk._replace(out=chunk.out - self.bias)
             if self.smooth is not None:
                 chunk = chunk._replace(x=chunk.x / self.smooth)
             yield chunk
@@ -187,10 +187,10 @@ def fall_back(chunks, groups, channel, device):
     return patched, note
 
 
-def as_matrices(layer, grad, z, x, group):
+def as_matrices(layer, grad, out, x, group):
     """A convolution's or linear layer's chunk as a LinearChunk."""
     if isinstance(layer, nn.Conv2d):
         x = F.unfold(x, layer.kernel_size, stride=layer.stride).transpose(1, 2)
-        z, grad = z.flatten(2).transpose(1, 2), grad.flatten(2).transpose(1, 2)
-    grad, z, x = (v.flatten(0, -2) for v in (grad, z, x))
-    return LinearChunk(grad, z, x, group.repeat_interleave(len(x) // len(group)))
+        out, grad = out.flatten(2).transpose(1, 2), grad.flatten(2).transpose(1, 2)
+    grad, out, x = (v.flatten(0, -2) for v in (grad, out, x))
+    return LinearChunk(grad, out, x, group.repeat_interleave(len(x) // len(group)))

@@ -11,7 +11,7 @@ def linear_cost(data, W_hat, Q_X):
     """Eq. (16) of a finished linear layer with this quantized weight (O, I), over all rows."""
     cost = 0.0
     for chunk in data:
-        delta = torch.addmm(chunk.z, Q_X(chunk.x, chunk.group), W_hat.T, alpha=-1)
+        delta = torch.addmm(chunk.out, Q_X(chunk.x, chunk.group), W_hat.T, alpha=-1)
         cost += hessian_loss(delta, chunk.grad).item()
     return cost
 
@@ -21,8 +21,8 @@ def matmul_cost(data, Q_A, Q_B):
     """Eq. (16) of a finished product of activations, over all rows."""
     cost = 0.0
     for chunk in data:
-        z_hat = Q_A(chunk.a, chunk.group) @ Q_B(chunk.b)
-        cost += hessian_loss(z_hat - chunk.z, chunk.grad).item()
+        out_hat = Q_A(chunk.a, chunk.group) @ Q_B(chunk.b)
+        cost += hessian_loss(out_hat - chunk.out, chunk.grad).item()
     return cost
 
 

@@ -130,9 +130,9 @@ class Int8Linear(nn.Module):
     def forward(self, x, group=None):
         x = x.float() if self.smooth is None else x.float() / self.smooth
         if isinstance(self.act, UniformQuantizer):
-            codes = quantize(x, *self.act.delta(x, group), self.act.bits)
+            codes = quantize(x, *self.act.params_for(x, group), self.act.bits)
             return self.product(codes, self.act.scale, self.act.zero_point, group, self.bias)
-        low, high = gelu_regions(x, *self.act.delta(x, group), self.act.bits)
+        low, high = gelu_regions(x, *self.act.params_for(x, group), self.act.bits)
         half = 2 ** (self.act.bits - 1)  # R1's codes are -half..0
         middle, zero = (torch.full_like(self.act.scale1, v) for v in (half, 0))
         out = self.product(low + half, self.act.scale1, middle, group, self.bias)

@@ -46,8 +46,8 @@ def input_codes(Q_X: UniformQuantizer | GeluQuantizer, x: Tensor, group: Tensor)
     """Inputs (R, I) of these time groups (R,) as a sum of codes: one term, or after GELU two (MRQ):
     below zero with s_1 and above it with s_2, each 0 in the other's region."""
     if isinstance(Q_X, UniformQuantizer):
-        return [signed_codes(x, *Q_X.delta(x, group), Q_X.bits)]
-    scales = Q_X.delta(x, group)
+        return [signed_codes(x, *Q_X.params_for(x, group), Q_X.bits)]
+    scales = Q_X.params_for(x, group)
     regions = gelu_regions(x, *scales, Q_X.bits)
     return [in_int8(codes, scale, None) for codes, scale in zip(regions, scales, strict=True)]
 

@@ -81,7 +81,7 @@ def parse_args():
     p.ours.add_argument("--tgq-inputs", action=flag, default=True, help="TGQ for linear inputs")
     p.ours.add_argument("--smoothquant", action=flag, default=True, help="even out input channels")
     p.ours.add_argument("--rounding", choices=("gptq", "nearest"), default="gptq", help="weights")
-    p.ours.add_argument("--rows", type=whole_number, help="search on so many rows, spread over t")
+    p.ours.add_argument("--rows", type=whole_number, help="search on this many rows, spread over t")
     p.ours.add_argument("--tag", default="plus", help="names the file quant_wXaY_TAG.pt")
     p.add_search_flags()
     return p.parse_args()
@@ -184,7 +184,7 @@ def quantize_matmul(layer, data, cfg, search):
     parts, candidates_A = [fit], uniform_candidates(*data.range("a"), cfg.abits)[1]
     if layer.spec.post_softmax:
         parts = [fit.of_group(i) for i in range(data.num_groups)]
-        candidates_A = softmax_candidates(cfg.abits, data.device)[1]
+        candidates_A = softmax_candidates(cfg.abits, data.device)
     for _ in range(cfg.rounds):
         Q_A = joined([search(candidates_A, rows, LossOfA(Q_B)) for rows in parts])
         Q_B = search(candidates_B, fit, LossOfB(Q_A))
@@ -202,7 +202,7 @@ def main(args):
         return
     for unit in phase3.units():
         done = {}
-        for layer in phase3.layers(unit, cfg.cond_bits is not None):
+        for layer in phase3.layers(unit, conditioning=cfg.cond_bits is not None):
             matmul = isinstance(layer.module, MatMul)
             quantize_layer = quantize_matmul if matmul else quantize_linear
             done[layer.name] = quantize_layer(layer, phase3.data(layer), cfg, search_of_a_layer)

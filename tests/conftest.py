@@ -124,12 +124,12 @@ def layer_of(module, **spec):
     return Layer("blocks.0.mlp.fc2", module, LayerSpec("block", "mlp.fc2", **spec))
 
 
-def linear_data(grad, z=None, x=None, group=None, rows=7):
-    """The LayerData of a linear layer without bias, `rows` rows in a chunk; z and group are 0
+def linear_data(grad, out=None, x=None, group=None, rows=7):
+    """The LayerData of a linear layer without bias, `rows` rows in a chunk; out and group are 0
     unless given."""
-    z = torch.zeros_like(grad) if z is None else z
+    out = torch.zeros_like(grad) if out is None else out
     group = torch.zeros(len(grad), dtype=torch.long) if group is None else group
-    chunks = zip(*(column.split(rows) for column in (grad, z, x, group)), strict=True)
+    chunks = zip(*(column.split(rows) for column in (grad, out, x, group)), strict=True)
     num_groups = int(group.max()) + 1
     return LayerData([LinearChunk(*chunk) for chunk in chunks], torch.device("cpu"), num_groups)
 

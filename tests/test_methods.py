@@ -80,7 +80,8 @@ def test_tgq_inputs_fits_every_group_to_its_own_rows():
         rows = data.of_group(i)
         _, candidates = q.uniform_candidates(*rows.range("x"), PLAIN["abits"])
         losses = [
-            sum(((c.grad * (c.z - Q(c.x) @ weight.T)) ** 2).sum() for c in rows) for Q in candidates
+            sum((c.grad * (c.out - Q(c.x) @ weight.T)).square().sum() for c in rows)
+            for Q in candidates
         ]
         assert scale[i] == candidates[torch.stack(losses).argmin()].scale
     assert scale[2] > 10 * scale[0] and quantized()[2]["act"]["scale"].ndim == 0
