@@ -301,7 +301,7 @@ def search(candidates: Candidates, data, loss) -> Quantizer:
     for chunk in data:
         shared = loss.prepare(chunk)
         total = total + torch.stack([loss(chunk, shared, Q) for Q in candidates]).double()
-    return candidates[total.nan_to_num(nan=torch.inf).argmin(dim=0)]
+    return candidates[total.nan_to_num(torch.inf, torch.inf).argmin(dim=0)]
 
 
 NO_GRADIENT = 1e-6  # of a layer's largest |grad|: a time group that gets no more gets none

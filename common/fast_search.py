@@ -65,7 +65,7 @@ class FastSearch:
         """Losses of some candidates on one chunk, in float64; NaN is the worst of all."""
         shared = loss.prepare(chunk)
         found = [self.evaluate(loss, chunk, shared, candidates[i]) for i in now]
-        return torch.stack(found).double().nan_to_num_(nan=torch.inf)
+        return torch.stack(found).double().nan_to_num_(torch.inf, torch.inf)
 
 
 def make_search(name, compile_losses):

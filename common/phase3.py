@@ -79,6 +79,8 @@ class Phase3:
     def units(self):
         """Yields this process's share of the units, each on the device meanwhile."""
         mine = self.group.share(self.parts, list(units(self.model)))
+        for name in mine:
+            load_grads(self.run, name, self.calib)  # a bad file is told before any work
         where = self.machine.batch_size, self.machine.device
         found = load_units(self.run, mine, self.model, self.calib, self.rows, *where)
         desc = f"03 {self.path.stem}"

@@ -46,7 +46,7 @@ REFUSALS = {  # script, flags, what happens to the run before, words of the line
     "ckpt hostile": ("01", f"{C} {NEW}", poison("dit.pt"), "holds pickled objects, refused"),
     "ckpt no DiT": ("01", f"--ckpt calib.pt {NEW}", None, "not a DiT checkpoint"),
     "heads unknown": ("01", f"{C} --run new", None, "--num-heads"),
-    "heads do not divide": ("01", f"{C} --run new --num-heads 5", None, "--num-heads 5"),
+    "heads do not divide": ("01", f"{C} --run new --num-heads 5", None, "5 heads (--num-heads"),
     "heads negative": ("01", f"{C} --run new --num-heads -4", None, "--num-heads"),
     "groups over T": ("01", f"{C} {NEW} --steps 3 --groups 5", None, "--groups 5"),
     "T over 1000": ("01", f"{C} {NEW} --steps 1001", None, "T must be 1..1000"),

@@ -200,17 +200,22 @@ def test_fall_back_leaves_small_gradients_alone():
 
 def test_fallback_is_one_line_for_a_layer_and_only_where_it_fires(tiny_run):
     """D2: Eq. (11) never sees the learned variance: the final layer's 12 channels of 24, no other
-    layer's."""
+    layer's. Its search gets the mean weight there."""
     log = (tiny_run.parent / "03_quantize.log").read_text().splitlines()
     (line,) = [line for line in log if "D2" in line]
     assert line.startswith("final_layer.linear: ") and "12 of 24 output channels" in line
     calib, model = opened(tiny_run)
     unit = found_units(tiny_run, ["final"], model, calib)["final"]
     with unit_on(model, "final", "cpu") as function:
-        grad, *_ = d.capture(function, model.final_layer.linear, unit, 5, CPU)
-    size = grad.abs().amax((0, 1))
-    variance = torch.arange(len(size)) % model.out_channels >= model.in_channels
-    assert (size[variance] == 0).all() and (size[~variance] > 0).all()
+        where = function, model.final_layer.linear, unit, 5
+        grad, *_ = d.capture(*where, CPU)
+        given = torch.cat([chunk.grad for chunk in d.layer_data(*where, None, CPU)])
+    grad = grad.flatten(0, 1)
+    variance = torch.arange(grad.shape[1]) % model.out_channels >= model.in_channels
+    assert (grad[:, variance] == 0).all() and (grad[:, ~variance].abs().amax(0) > 0).all()
+    mean = grad[:, ~variance].square().mean().sqrt()
+    torch.testing.assert_close(given[:, variance], mean.expand_as(given[:, variance]))
+    assert torch.equal(given[:, ~variance], grad[:, ~variance])
 
 
 def test_chunks_are_even_and_of_no_more_rows_than_fit():

@@ -175,17 +175,20 @@ def test_interrupted_run_continues_and_ends_with_the_same_bytes(
     assert len(written) <= len(set(written)) + 1, f"finished work was done again: {written}"
 
 
-def test_interrupted_runs_of_two_settings_never_mix(tiny_run, tmp_path, interrupt, run_here):
-    """02 stopped at its last file, so with other settings, then as at first: the first bytes."""
-    name = "02_grad_cache"
-    run = without(tiny_run, tmp_path, name)
-    flags = tiny_flags(name, run, None)
-    for other in ([], OTHER[name].split()):
+@pytest.mark.parametrize("stopped, last", [("A", "B"), ("AB", "A")])
+def test_interrupted_runs_of_two_settings_never_mix(
+    stopped, last, tiny_run, tmp_path, interrupt, run_here
+):
+    """02 stopped at its last file, with one setting or with two in turn, ends as if alone."""
+    name, settings = "02_grad_cache", {"A": [], "B": OTHER["02_grad_cache"].split()}
+    alone, run = (without(tiny_run, tmp_path / x, name) for x in ("alone", "stopped"))
+    assert run_here(name, *tiny_flags(name, alone, None), *settings[last]).returncode == 0
+    for which in stopped:
         interrupt("embed.pt")
-        assert run_here(name, *flags, *other).returncode == 130
+        assert run_here(name, *tiny_flags(name, run, None), *settings[which]).returncode == 130
     interrupt("no file")
-    assert run_here(name, *flags).returncode == 0
-    assert targets(run, name) == targets(tiny_run, name)
+    assert run_here(name, *tiny_flags(name, run, None), *settings[last]).returncode == 0
+    assert targets(run, name) == targets(alone, name)
 
 
 def kill_at(when, folder):
