@@ -62,8 +62,8 @@ def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tenso
 def softmax_regions(x: Tensor, scale1: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Level in R1, level in R2, and which elements lie in R2. The regions are disjoint.
 
-    R1 holds the levels 0..2^(k-1) - 1 of s_1 and reaches half a step past the last of them; R2
-    holds 1..2^(k-1) of s_2 = 1 / 2^(k-1) and begins no lower than s_2 / 2 (Deviation D8).
+    R1 holds the levels 0..2^(k-1) - 1 of s_1, R2 holds 1..2^(k-1) of s_2 = 1 / 2^(k-1). R2 begins
+    half a step past R1's last level, no lower than s_2 / 2; up to there R1 clips (Deviation D8).
     """
     levels, scale2 = 2 ** (bits - 1), 2.0 ** (1 - bits)
     border = torch.clamp((levels - 0.5) * scale1, min=scale2 / 2)
