@@ -34,7 +34,7 @@ def parse_args():
     p.paper.add_argument("--groups", type=whole_number, default=10, help="G, Sec. IV-A")
     p.paper.add_argument("--per-group", type=whole_number, default=32, help="n, Sec. IV-A")
     p.paper.add_argument("--model", choices=sorted(DiT_models), help="checked against --ckpt")
-    p.paper.add_argument("--ckpt", help="DiT checkpoint; without it DiT-XL/2 is downloaded")
+    p.paper.add_argument("--ckpt", help="official or diffusers; without it DiT-XL/2 is downloaded")
     p.paper.add_argument("--image-size", type=int, choices=(256, 512), default=256, help="pixels")
     p.ours.add_argument("--num-heads", type=whole_number, help="where the width is no official one")
     p.ours.add_argument("--vae", choices=("mse", "ema", "none"), default="mse", help="none: pixels")
@@ -120,7 +120,7 @@ def collect_all(model, batches, rows, settings, parts):
 def main(args):  # Alg. 1 line 3
     check(args)
     ckpt = find_checkpoint(args.ckpt, args.model, args.image_size)
-    model, config = load_dit(ckpt, args.num_heads)
+    model, config = load_dit(ckpt, args.num_heads, args.image_size // 8)  # 8: the VAE's
     check_model(config, args.model, args.vae)
     settings = {key: getattr(args, key) for key in SETTINGS} | dict(ckpt=str(ckpt), config=config)
     head = provenance("calib", settings, {"checkpoint": sha256_of(ckpt)}, args.device)

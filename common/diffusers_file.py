@@ -8,7 +8,8 @@ change.
 import torch
 
 import quant_ops as q
-from common.checks import Float, Int, OneOf, TensorOf, Text, check, need, told
+from common.checks import Float, Int, OneOf, TensorOf, check, need, told
+from common.model_schema import FLOAT, SAMPLING, SHA256, TEXT
 from common.quant_file import QUANTIZERS, SmoothedInput
 from models_dit import TRAIN_TIMESTEPS
 
@@ -16,8 +17,7 @@ VERSION = 1
 METADATA = "tqdit"  # names the JSON text among the file's metadata
 OFFICIAL = dict(downscale_freq_shift=0, norm_eps=1e-6)  # diffusers has 1 and 1e-5
 DELTA = {name: getattr(Q, "names", ()) for name, Q in QUANTIZERS.items()}  # of each type
-FLOAT, INT8 = (torch.float32,), (torch.int8,)
-BITS, TEXT, SHA256 = Int(2, 8), Text(), Text("[0-9a-f]{64}")
+INT8, BITS = (torch.int8,), Int(2, 8)
 
 # ------------------------------------------------------------------------------------------------
 # The metadata
@@ -45,8 +45,7 @@ ABOUT = dict(
     method=TEXT,
     wbits=BITS,
     abits=BITS,
-    num_timesteps=Int(1, TRAIN_TIMESTEPS),
-    groups=Int(1, TRAIN_TIMESTEPS, "groups"),
+    sampling=SAMPLING,
     first_timesteps=rising,
     downscale_freq_shift=OneOf(OFFICIAL["downscale_freq_shift"]),
     norm_eps=Float(0, 1),

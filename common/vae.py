@@ -1,14 +1,19 @@
 """The SD-VAE decoder: latents (N, 4, h, w) -> images (N, 3, 8h, 8w), by the public files' names."""
 
+import re
 from functools import partial
 from itertools import pairwise
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.artifacts import load_tensors
+from common.artifacts import sha256_of
 from common.checkpoints import download
-from common.cli import InputError
+from common.checks import Fault, TensorOf, check, need, told
+from common.cli import InputError, reading
+from common.model_schema import ANY_FLOAT
+from common.weight_files import find_weights, load_weights, without_prefix
 
 VAE_SCALE = 0.18215  # latents the DiT works on = VAE_SCALE * latents of the autoencoder
 VAE_URL = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/main/diffusion_pytorch_model.bin"
@@ -115,28 +120,67 @@ class VAEDecoder(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+ATTENTION = {  # names below attentions.0 in older files -> now
+    "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
+    "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm",
+}  # fmt: skip
+OFFICIAL = {  # names of the official files -> those of diffusers; an up block's number apart
+    r"decoder\.mid\.attn_1\.": "decoder.mid_block.attentions.0.",
+    r"decoder\.mid\.block_1\.": "decoder.mid_block.resnets.0.",
+    r"decoder\.mid\.block_2\.": "decoder.mid_block.resnets.1.",
+    r"decoder\.norm_out\.": "decoder.conv_norm_out.",
+    r"(decoder\.up_blocks\.\d\.)block\.": r"\1resnets.",
+    r"(decoder\.up_blocks\.\d\.)upsample\.": r"\1upsamplers.0.",
+    r"(.*)\.nin_shortcut\.": r"\1.conv_shortcut.",
+    r"(.*\.attentions\.0\.)(\w+)": lambda m: m[1] + ATTENTION.get(m[2], m[2]),
+}
+NOT_DECODER = "encoder.", "quant_conv.", "loss.", "model_ema."
 
 
 def convert_vae(state):
-    """A public autoencoder's state dict as `VAEDecoder` names it: no encoder, attention renamed."""
-    decoder = {}
+    """A public autoencoder's state dict as `VAEDecoder` names it: without encoder, from the names
+    of diffusers, old or new, or the official ones, whose up blocks count from the narrowest."""
+    state = without_prefix(state, "first_stage_model.")
+    official = [name.split(".")[2] for name in state if re.match(r"decoder\.up\.\d\.", name)]
+    last, decoder = int(max(official, default=0)), {}
     for name, tensor in state.items():
-        if name.startswith(("encoder.", "quant_conv.")):
+        if name.startswith(NOT_DECODER):
             continue
-        for old, new in RENAMED.items():
-            name = name.replace(old, new)
+        up = r"decoder\.up\.(\d)\."
+        name = re.sub(up, lambda m: f"decoder.up_blocks.{last - int(m[1])}.", name)
+        for pattern, new in OFFICIAL.items():
+            name = re.sub("^" + pattern, new, name)
         conv = ".attentions." in name and tensor.ndim == 4  # some files hold (C, C, 1, 1) weights
         decoder[name] = tensor.flatten(1) if conv else tensor
     return decoder
 
 
-def load_vae(kind):
-    """The `mse` or `ema` fine-tuned decoder of Stable Diffusion, downloaded once."""
-    path = download(VAE_URL.format(kind), f"sd-vae-ft-{kind}.bin")
-    vae = VAEDecoder()
-    try:
-        vae.load_state_dict(convert_vae(load_tensors(path, "the SD-VAE")), strict=True)
-    except RuntimeError as error:
-        raise InputError(f"{path} is not the SD-VAE: {str(error).splitlines()[-1]}") from error
-    return vae.eval().requires_grad_(False)
+def local_vae(kind, path):
+    """{"vae": sha256} of the local file that is to decode, for provenance; {} if none is named."""
+    if path is None:
+        return {}
+    if kind == "none":
+        raise InputError(f"--vae-path {path}: this network's samples are pixels")
+    path = find_weights(path, "vae")
+    with reading(path):
+        return dict(vae=sha256_of(path))
+
+
+def load_vae(kind, path=None):
+    """The decoder of Stable Diffusion's autoencoder: of a local file or folder; without one, the
+    `mse` or `ema` fine-tuned one, downloaded once."""
+    url = VAE_URL.format(kind)
+    path = find_weights(path, "vae") if path else download(url, f"sd-vae-ft-{kind}.bin")
+    with torch.device("meta"):
+        vae = VAEDecoder()
+    shapes = {name: " ".join(map(str, x.shape)) for name, x in vae.state_dict().items()}
+    state = load_weights(path, "the SD-VAE")
+    with reading(path):
+        try:
+            need(isinstance(state, dict), f"it is {told(state)}")
+            state = convert_vae(state)
+            check(state, {name: TensorOf(ANY_FLOAT, x) for name, x in shapes.items()}, "", {})
+        except Fault as fault:
+            raise InputError(f"{path} is not the SD-VAE: {fault}") from fault
+        vae.load_state_dict(state, assign=True)
+    return vae.float().eval().requires_grad_(False)

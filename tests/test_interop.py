@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LIVELY, ROOT, lively_dit, refused, run_in_process, snapshot, tiny_flags
+from PIL import Image
 
 import quant_ops as q
 from common import quant_file, weight_files
@@ -23,9 +24,10 @@ from common.checkpoints import find_checkpoint, load_dit
 from common.cli import InputError
 from common.diffusers_names import diffusers_config, is_diffusers, to_diffusers, to_official
 from common.diffusers_pipeline import AsDiT, load_into
+from common.export_layouts import delta_tensors
 from common.images import to_uint8
 from common.vae import VAEDecoder, convert_vae, load_vae
-from models_dit import LAYERS, Diffusion, DiT, DiT_models, image_generators, trajectory
+from models_dit import LAYERS, Diffusion, DiT, DiT_models, MatMul, image_generators, trajectory
 
 SIZES = [{}, dict(in_channels=1, learn_sigma=False, depth=1), dict(patch_size=4, num_heads=1)]
 PLUS = "--wbits 4 --abits 8"
@@ -259,6 +261,17 @@ def test_load_dit_does_not_guess_the_size_of_x(tmp_path):
         find_checkpoint(tmp_path, None, 256)
 
 
+def test_01_takes_the_size_of_x_of_a_lone_file_from_image_size(tmp_path, run_here):
+    """A lone file of a network on latents: 512 pixels are latents of 64."""
+    model = lively_dit(input_size=64, patch_size=8)
+    torch.save(to_diffusers(model.state_dict(), 2), tmp_path / "a.bin")
+    tiny = "--image-size 512 --num-heads 3 --steps 2 --groups 1 --per-group 4 --trajectories 4"
+    flags = ["--run", tmp_path / "run", "--ckpt", tmp_path / "a.bin", *tiny.split()]
+    assert run_here("01_collect_calib", *flags).returncode == 0
+    calib = torch.load(tmp_path / "run" / "calib.pt", weights_only=True)
+    assert calib["settings"]["config"] == config_of(input_size=64, patch_size=8)
+
+
 def test_without_safetensors_one_line_says_what_to_install(tmp_path, monkeypatch):
     """Its absence stops those alone who have such a file."""
     monkeypatch.setitem(sys.modules, "safetensors", None)
@@ -432,7 +445,7 @@ def test_export_holds_the_codes_of_the_quant_file(safetensors, handmade_folder):
     layers = about.pop("layers")
     assert layers["transformer_blocks.0.ff.net.2"]["input"] == dict(type="gelu", bits=8)
     assert about == dict(
-        version=1, method="handmade", wbits=8, abits=8, num_timesteps=6, groups=3,
+        version=1, method="handmade", wbits=8, abits=8, sampling=artifact["settings"]["sampling"],
         first_timesteps=[0, 400, 799], downscale_freq_shift=0, norm_eps=1e-6,
         config=diffusers_config(artifact["config"]), checkpoint_sha256="0" * 64,
         quant_sha256=sha256_of(handmade_folder / "quant_w8a8.pt"),
@@ -595,7 +608,7 @@ def spoiled_files():
             type="fp8"
         ),
         "groups that fall": lambda x, m: m.update(first_timesteps=[0, 800, 400]),
-        "a million groups": lambda x, m: m.update(groups=10**6),
+        "a million groups": lambda x, m: m["sampling"].update(groups=10**6),
         "other heads": lambda x, m: m["config"].update(num_attention_heads=4),
         "no heads": lambda x, m: m.update(config={}),
         "layers a list": lambda x, m: m.update(layers=[]),
@@ -625,6 +638,15 @@ def test_load_into_refuses_a_spoiled_file(
     assert not pipe.transformer._forward_pre_hooks
 
 
+@pytest.mark.parametrize("text", ["", "[]", "[" * 10**5, '{"version": 1e999}', "x" * 2**21])
+def test_load_into_refuses_metadata_that_are_no_object(diffusers, safetensors, tmp_path, text):
+    """Whatever the JSON text is: InputError that names the file."""
+    path = tmp_path / "a.safetensors"
+    weight_files.save_safetensors(path, dict(x=torch.zeros(2)), tqdit=text)
+    with pytest.raises(InputError, match="a.safetensors"):
+        load_into(pipeline_of(diffusers, config_of()), path)
+
+
 def test_load_into_refuses_a_pipeline_it_does_not_fit(diffusers, safetensors, handmade_folder):
     """Half precision, another network, one that is quantized already; a file of something else."""
     path = handmade_folder / "quant_w8a8.safetensors"
@@ -637,3 +659,101 @@ def test_load_into_refuses_a_pipeline_it_does_not_fit(diffusers, safetensors, ha
     pipe, _ = loaded(diffusers, handmade_folder, "w8a8")
     with pytest.raises(InputError, match="quantized already"):
         load_into(pipe, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Out: the layout of compressed-tensors
+
+
+def load_compressed(diffusers, folder):
+    """A transformer of diffusers with a folder's weights, loaded by compressed-tensors."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    config = json.loads((folder / "config.json").read_text())
+    told = quantization.QuantizationConfig.model_validate(config.pop("quantization_config"))
+    model = diffusers.DiTTransformer2DModel.from_config(config).eval()
+    quantization.apply_quantization_config(model, told)
+    compressors.ModelCompressor(quantization_config=told).compress_model(model)
+    weights = weight_files.load_safetensors(folder / "diffusion_pytorch_model.safetensors", "")[0]
+    model.load_state_dict(weights)
+    assert model.transformer_blocks[0].attn1.to_q.weight.dtype == torch.int8
+    return with_official_constants(model)
+
+
+def test_compressed_tensors_loads_plain_w8a8(diffusers, safetensors, plus_run, run_here):
+    """Every linear layer answers as ours; so does the network, with the products as they were."""
+    pytest.importorskip("compressed_tensors")
+    flags = "--wbits 8 --abits 8 --tag base".split()
+    base = run_here("03_quantize", "--run", plus_run, "--no-mrq", "--no-tgq", *flags)
+    assert base.returncode == 0, base.stderr
+    exported(plus_run, " ".join([*flags, "--layout compressed-tensors"]))
+    theirs = load_compressed(diffusers, plus_run / "quant_w8a8_base_compressed")
+    artifact = quant_file.load_quant(plus_run / "quant_w8a8_base.pt")
+    ours = quant_file.build_quantized(artifact, plus_run)
+    for block in ours.blocks:
+        block.attn.qk, block.attn.av = MatMul(), MatMul()
+    inputs = some_inputs(artifact["config"])
+    expected, found = ours(*inputs), AsDiT(theirs)(*inputs)
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    x = torch.randn(2, 5, 32)
+    for mine, block in zip(ours.blocks, theirs.transformer_blocks, strict=True):
+        parts = [getattr(block.attn1, f"to_{part}")(x) for part in "qkv"]
+        torch.testing.assert_close(torch.cat(parts, dim=-1), mine.attn.qkv(x), atol=1e-4, rtol=0)
+        torch.testing.assert_close(block.ff.net[0].proj(x), mine.mlp.fc1(x), atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# docs/interop.md
+
+
+def as_the_docs_say(kind, x, k, delta):
+    """x quantized by the formulas of docs/interop.md, with the file's tensors."""
+    half = 2 ** (k - 1)
+    if kind == "uniform":
+        s, z = delta["scale"], delta["zero_point"].float()
+        return s * ((torch.round(x / s) + z).clip(-half, half - 1) - z)
+    s1, s2 = delta["scale1"], delta.get("scale2", 2.0 ** (1 - k))
+    if kind == "gelu":
+        low, high = torch.round(x / s1).clip(-half, 0), torch.round(x / s2).clip(0, half - 1)
+        return s1 * low + s2 * high
+    border = torch.clamp((half - 0.5) * s1, min=s2 / 2)
+    low, high = torch.round(x / s1).clip(0, half - 1), torch.round(x / s2).clip(1, half)
+    return torch.where(x >= border, s2 * high, s1 * low)
+
+
+@pytest.mark.parametrize("k", [3, 8])
+@pytest.mark.parametrize("kind", ["uniform", "softmax", "gelu"])
+def test_formulas_of_the_docs_are_the_quantizers(kind, k):
+    """From the exported tensors they give what the quant file's quantizer gives."""
+    names = quant_file.QUANTIZERS[kind].names
+    values = dict(scale=0.03, zero_point=2.0, scale1=0.002, scale2=0.04)
+    quantizer = quant_file.QUANTIZERS[kind](k, *(torch.tensor(values[name]) for name in names))
+    state = quant_file.quantizer_state(quantizer)
+    delta = {name.removeprefix("input_"): x for name, x in delta_tensors("input", state).items()}
+    x = torch.linspace(0 if kind == "softmax" else -3, 1 if kind == "softmax" else 3, 1001)
+    assert torch.equal(as_the_docs_say(kind, x, k, delta), quantizer(x))
+
+
+def test_script_of_the_docs_runs(diffusers, safetensors, handmade_folder, tmp_path, monkeypatch):
+    """On a pipeline that was saved to disk; its second images are those of our own sampler."""
+    script = (ROOT / "docs/interop.md").read_text().split("```python\n")[1].split("```")[0]
+    artifact = quant_file.load_quant(handmade_folder / "quant_w8a8.pt")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=[32], latent_channels=4).eval()
+    transformer = diffusers.DiTTransformer2DModel(**diffusers_config(artifact["config"]))
+    pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler())
+    pipe.save_pretrained(tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    files = "pipeline", handmade_folder / "quant_w8a8.safetensors"
+    monkeypatch.setattr(sys, "argv", ["sample_diffusers.py", *map(str, files)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    exec(compile(script, "docs/interop.md", "exec"), {})
+    assert len([*tmp_path.glob("pipeline_?.png")]) == 4
+    labels, generators = torch.tensor([207, 360, 387, 974]), image_generators(0, range(4))
+    ours = quant_file.build_quantized(artifact, handmade_folder)
+    *_, (_, x) = trajectory(ours, Diffusion(6), labels, generators, 1.5)
+    expected = to_uint8(vae.decode(x / vae.config.scaling_factor).sample.detach(), None)
+    assert expected.float().std() > 10
+    for i in range(4):
+        found = np.asarray(Image.open(f"official_{i}.png")).astype(int)
+        assert np.abs(found - expected[i].numpy().astype(int)).max() <= 1
