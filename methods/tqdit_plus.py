@@ -9,7 +9,7 @@ Algorithm 1 with HO, MRQ and TGQ as in 03, and, each with a switch of its own:
     --smoothquant   input channels evened out (arXiv 2211.10438): the strength of least error
     --rounding      gptq: weights rounded column by column, errors made up for (arXiv 2210.17323)
 
-R = 1, since more rounds gain nothing here.
+R = 1: on the demo three rounds take 1 % off the weighted error (docs/results.md).
 
     python methods/tqdit_plus.py --run runs/xl --wbits 4 --abits 8
     python 04_sample.py          --run runs/xl --wbits 4 --abits 8 --tag plus
