@@ -4,7 +4,7 @@ PY = .venv/bin/python
 DONE = $(patsubst %/bin/python,%/done,$(filter .venv/bin/python,$(PY)))
 DEV = $(DONE:done=dev)
 RUN ?= runs/demo
-IMAGES ?= 200
+IMAGES ?= 100
 XL = benchmarks/calibration.py --model DiT-XL/2 --folder runs
 .PHONY: demo test test-all lint tables figures bench-gpu clean
 
