@@ -20,7 +20,7 @@ from common.checkpoints import load_calib, load_calibrated
 from common.fast_search import FastSearch, on_integers
 from common.layer_data import layer_data
 from common.offload import unit_on, units
-from common.phase3 import load_units
+from common.unit_data import load_units
 from engine.int_products import has_int_unit
 from models_dit import MatMul, explicit_products
 from quant_ops import FullPrecision, WeightLoss

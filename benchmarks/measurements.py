@@ -14,7 +14,7 @@ from sweep import PLUS
 from common.checkpoints import load_calib, load_calibrated
 from common.layer_data import capture
 from common.offload import unit_on, units
-from common.phase3 import load_units
+from common.unit_data import load_units
 from common.quant_file import load_quant
 from models_dit import LAYERS, Diffusion, explicit_products
 

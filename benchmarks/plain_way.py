@@ -15,7 +15,7 @@ from common.checkpoints import load_calib, load_calibrated
 from common.cli import Parser, run_script, whole_number
 from common.layer_data import layer_data
 from common.offload import in_batches, units
-from common.phase3 import Unit
+from common.unit_data import Unit
 from common.quant_file import load_quant
 from models_dit import Diffusion, MatMul, explicit_products
 from quant_ops import (

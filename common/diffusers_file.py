@@ -10,13 +10,15 @@ import torch
 import quant_ops as q
 from common.checks import Float, Int, OneOf, TensorOf, check, need, told
 from common.model_schema import FLOAT, SAMPLING, SHA256, TEXT
-from common.quant_file import QUANTIZERS, SmoothedInput
+from common.quant_file import QUANTIZERS
+from common.quantizers import ScaledInput
 from models_dit import TRAIN_TIMESTEPS
 
 VERSION = 1
 METADATA = "tqdit"  # names the JSON text among the file's metadata
 OFFICIAL = dict(downscale_freq_shift=0, norm_eps=1e-6)  # diffusers has 1 and 1e-5
-DELTA = {name: getattr(Q, "names", ()) for name, Q in QUANTIZERS.items()}  # of each type
+TYPES = "uniform", "softmax", "gelu", "none"  # that this format has
+DELTA = {name: getattr(QUANTIZERS[name], "names", ()) for name in TYPES}
 INT8, BITS = (torch.int8,), Int(2, 8)
 
 # ------------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ def make_layer(entry, tensors):
         return q.QuantMatMul(*(make_quantizer(side, entry[side], tensors) for side in "ab"))
     act = make_quantizer("input", entry["input"], tensors)
     if "input_smooth" in tensors:
-        act = SmoothedInput(act, tensors["input_smooth"])
+        act = ScaledInput(act, tensors["input_smooth"])
     codes, zero_point = tensors["weight"], tensors["weight_zero_point"].float()
     W_hat = q.dequantize(codes.float().flatten(1), tensors["weight_scale"], zero_point)
     make = q.QuantLinear if codes.ndim == 2 else q.QuantConv2d

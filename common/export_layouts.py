@@ -19,12 +19,18 @@ def check_known(artifact, source):
     """InputError if the file holds what the layouts have no place for; another method may."""
     unknown = artifact.keys() - FILE
     for layer, state in artifact["layers"].items():
-        by_channel = "weight" not in state or state["weight"]["scale"].shape[1:].numel() == 1
-        if state.keys() - LAYERS.get(state["type"], set()) or not by_channel:
+        if state.keys() - LAYERS.get(state["type"], set()) or not has_place(state):
             unknown.add(layer)
     if unknown:
         what = f"{min(unknown)} of method {artifact['method']}"
         raise InputError(f"{source}: there is no layout yet for {what}")
+
+
+def has_place(state):
+    """Whether the layouts know the quantizers of a layer, a scale for each output channel."""
+    if "weight" in state and ("view" in state["weight"] or state["bias"].ndim > 1):
+        return False
+    return all(state[key]["type"] in form.DELTA for key in ("a", "b", "act") if key in state)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,6 +6,10 @@ from common import quant_file
 from engine.int8_linear import Int8Linear, PackedLinear, signed_weight, why_not
 from quant_ops import FullPrecision
 
+BEYOND = dict(  # what layers of other methods have that this engine has not
+    view="scales within a row of the weight", shift="shifted inputs", low_rank="a low-rank branch"
+)  # fmt: skip
+
 
 def build(artifact, source, engine, device):
     """The quantized model, its linear layers in floating point or, where they can be, on integer
@@ -32,6 +36,11 @@ class Int8Engine:
         if state["type"] != "linear":
             what = "convolution" if state["type"] == "conv" else "products of activations"
             return self.float_layer(state, what)
+        beyond = [what for key, what in BEYOND.items() if key in state or key in state["weight"]]
+        if state["act"]["type"] == "dynamic":
+            beyond.append("dynamic scales of inputs")
+        if beyond:
+            return self.float_layer(state, beyond[0])
         act, packed = quant_file.make_quantizer(state["act"]), state["weight"]
         codes = quant_file.unpack_codes(packed["codes"], packed["bits"], packed["shape"])
         v, correction = signed_weight(codes, packed["zero_point"], packed["bits"])

@@ -5,6 +5,7 @@ layer's own data is made again by a pass through its unit, forward and back.
 """
 
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -100,22 +101,20 @@ def _rows(x, mask):
 def layer_data(function, layer, unit, batch_size, memory_limit, device):
     """The LayerData of a layer of the unit, which is on the device as `function`."""
     columns = capture(function, layer, unit, batch_size, device)
-    chunks = split(columns, memory_limit, device)
+    chunks, note = split(columns, memory_limit, device), ""
     channel = 1 if isinstance(layer, nn.Conv2d) else -1
-    chunks, note = fall_back(chunks, unit.groups, channel, device)
-    num_groups = int(unit.groups.max()) + 1
-    if isinstance(layer, MatMul):
-        chunks = [MatMulChunk(*chunk) for chunk in chunks]
-        return LayerData(chunks, device, num_groups, note=note)
-    chunks = [as_matrices(layer, *chunk) for chunk in chunks]
-    return LayerData(chunks, device, num_groups, bias=layer.bias, note=note)
+    if unit.grads:
+        chunks, note = fall_back(chunks, unit.groups, channel, device)
+    matmul, num_groups = isinstance(layer, MatMul), int(unit.groups.max()) + 1
+    chunks = [MatMulChunk(*c) if matmul else as_matrices(layer, *c) for c in chunks]
+    return LayerData(chunks, device, num_groups, bias=getattr(layer, "bias", None), note=note)
 
 
 def capture(function, layer, unit, batch_size, device):
     """Lines 11-12 for one layer: dL/d(output), output, inputs and group, rows first on the host.
 
-    The layer's output becomes a leaf of the graph and the unit runs on; the gradient with respect
-    to that leaf is the layer's.
+    The layer's output becomes a leaf of the graph, whose gradient is the layer's, and the unit runs
+    on. Without gradients at the unit's outputs it is 1.
     """
     kept, columns, done = [], None, 0
 
@@ -130,9 +129,8 @@ def capture(function, layer, unit, batch_size, device):
         for *batch, group in zip(*batches, strict=True):
             batch = [x.to(device, non_blocking=True) for x in batch]
             given, ends_grad = batch[: len(unit.inputs)], batch[len(unit.inputs) :]
-            outputs = zip(function(*given), ends_grad, strict=True)
-            ends, ends_grad = zip(*(pair for pair in outputs if pair[0].requires_grad), strict=True)
-            (grad,) = torch.autograd.grad(ends, kept[0], ends_grad)
+            outputs, leaf = function(*given), kept[0]
+            grad = gradient(outputs, leaf, ends_grad) if ends_grad else torch.ones_like(leaf)
             found = [x.detach() for x in (grad, *kept, group)]
             columns = columns or [host_column(x, len(unit.groups), device) for x in found]
             for column, x in zip(columns, found, strict=True):
@@ -141,6 +139,13 @@ def capture(function, layer, unit, batch_size, device):
     finally:
         handle.remove()
     return columns
+
+
+def gradient(outputs, leaf, ends_grad):
+    """dL/d(leaf), given dL/d(outputs), of which some may not depend on it."""
+    ends = [x.requires_grad for x in outputs]
+    outputs, ends_grad = (list(compress(x, ends)) for x in (outputs, ends_grad))
+    return torch.autograd.grad(outputs, leaf, ends_grad)[0]
 
 
 def host_column(like, rows, device):
@@ -159,8 +164,7 @@ def split(columns, memory_limit, device):
 
 
 def fall_back(chunks, groups, channel, device):
-    """Deviation D2: where the loss has no gradient, the layer's mean weight. The chunks, those
-    without such as they are, and a note of what fell back."""
+    """Deviation D2: where there is no gradient, the layer's mean weight. The chunks, and a note."""
     others = [d for d in range(chunks[0][0].ndim) if d != channel % chunks[0][0].ndim]
     largest, energy, channels = [], [], []
     for grad, *_ in chunks:

@@ -19,7 +19,8 @@ def units(model):
 def unit_on(model, name, device):
     """The unit as a function, on `device` meanwhile and on the host before and after.
 
-    The embedder maps (x, t, y) to (tokens, c), every other unit (tokens, c) to (tokens,).
+    The embedder maps (x, t, y) to (tokens, c), every other unit (tokens, c) to (tokens,); once
+    quantized it takes the time groups of the rows too.
     """
     prefix = units(model)[name]
     module = model.get_submodule(prefix.rstrip(".")) if prefix else None
@@ -28,7 +29,10 @@ def unit_on(model, name, device):
         part.to(device)
     model.pos_embed.data = model.pos_embed.data.to(device)
     try:
-        yield (lambda x, c: (module(x, c),)) if prefix else model.embed
+        if prefix:
+            yield lambda x, c, group=None: (module(x, c, group),)
+        else:
+            yield lambda x, t, y, group=None: model.embed(x, t, y)
     finally:
         model.pos_embed.data = model.pos_embed.data.cpu()
         for part in parts:
@@ -44,10 +48,12 @@ def in_batches(function, columns, batch_size, device):
 
 
 @torch.no_grad()
-def next_inputs(model, name, inputs, batch_size, device):
-    """The inputs (tokens, c) of the unit that follows this one, on the host."""
+def next_inputs(model, name, inputs, batch_size, device, groups=None):
+    """The inputs (tokens, c) of the unit that follows this one, on the host; of a quantized model
+    given the time groups of the rows."""
+    columns = inputs if groups is None else [*inputs, groups]
     with unit_on(model, name, device) as function:
-        outputs = in_batches(function, inputs, batch_size, device)
+        outputs = in_batches(function, columns, batch_size, device)
     return outputs if name == "embed" else [*outputs, inputs[1]]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import quant_ops as q
 from common.artifacts import load_artifact
 from common.cli import InputError
+from common.quantizers import AdaptiveQuantizer, DynamicQuantizer, GroupBiasLinear, ScaledInput
 from models_dit import TRAIN_TIMESTEPS, Diffusion, DiT
 
 QUANTIZERS = {
@@ -20,6 +21,8 @@ QUANTIZERS = {
     "softmax": q.SoftmaxQuantizer,
     "gelu": q.GeluQuantizer,
     "none": q.FullPrecision,
+    "dynamic": DynamicQuantizer,
+    "adaptive": AdaptiveQuantizer,
 }
 LINEAR = {"linear": q.QuantLinear, "conv": q.QuantConv2d}
 
@@ -51,21 +54,28 @@ def unpack_codes(packed: Tensor, bits: int, shape) -> Tensor:
 # States of layers
 
 
-def pack_weight(weight: Tensor, Q_W: q.UniformQuantizer) -> dict:
-    """The stored form of a weight (O, ...): k-bit codes, scales and zero points, its shape."""
-    codes = q.quantize(weight.flatten(1), Q_W.scale, Q_W.zero_point, Q_W.bits)
+def pack_weight(weight: Tensor, Q_W: q.UniformQuantizer, view=None) -> dict:
+    """The stored form of a weight (O, ...): k-bit codes, scales and zero points, its shape. With a
+    `view`, such as (O, I / g, g), the scales are for the weight in that shape."""
+    codes = q.quantize(as_viewed(weight, view), Q_W.scale, Q_W.zero_point, Q_W.bits)
     return dict(
         codes=pack_codes(codes, Q_W.bits).cpu(),
         shape=list(weight.shape),
         bits=Q_W.bits,
         scale=Q_W.scale.cpu(),
         zero_point=Q_W.zero_point.to(torch.uint8).cpu(),
-    )
+    ) | ({} if view is None else dict(view=list(view)))
+
+
+def as_viewed(weight: Tensor, view) -> Tensor:
+    """A weight (O, ...) in the shape that its scales are for: (O, I), or that of the view."""
+    return weight.flatten(1) if view is None else weight.reshape(view)
 
 
 def unpack_weight(state: dict) -> Tensor:
     """The dequantized weight of `pack_weight`, in float32; ValueError if the state is damaged."""
-    codes = unpack_codes(state["codes"], state["bits"], state["shape"]).float().flatten(1)
+    codes = unpack_codes(state["codes"], state["bits"], state["shape"]).float()
+    codes = as_viewed(codes, state.get("view"))
     weight = q.dequantize(codes, state["scale"], state["zero_point"].float())
     return weight.view(state["shape"])
 
@@ -73,8 +83,11 @@ def unpack_weight(state: dict) -> Tensor:
 def quantizer_state(quantizer: nn.Module) -> dict:
     """A quantizer's type, bits and Delta, on the host."""
     name = next(k for k, v in QUANTIZERS.items() if type(quantizer) is v)
-    bits = {} if name == "none" else dict(bits=quantizer.bits)
-    return dict(type=name, **bits, **{k: v.cpu() for k, v in quantizer.named_buffers()})
+    if name == "none":
+        return dict(type=name)
+    values = {key: getattr(quantizer, key) for key in quantizer.names}
+    values = {key: x.cpu() if isinstance(x, Tensor) else x for key, x in values.items()}
+    return dict(type=name, bits=quantizer.bits, **values)
 
 
 def make_quantizer(state: dict) -> nn.Module:
@@ -83,12 +96,23 @@ def make_quantizer(state: dict) -> nn.Module:
     return make() if make is q.FullPrecision else make(state["bits"], *map(state.get, make.names))
 
 
-def linear_state(layer: nn.Module, weight: Tensor, Q_W, Q_X, smooth=None) -> dict:
-    """The state of a convolution or linear layer, of this weight in place of its own."""
-    smooth = {} if smooth is None else dict(smooth=smooth.cpu())
+def linear_state(layer: nn.Module, weight: Tensor, Q_W, Q_X, smooth=None, view=None, **more):
+    """The state of a convolution or linear layer, of this weight in place of its own.
+
+    Beyond the paper: `smooth` (I,), what inputs are divided by; `view`, see `pack_weight`; `shift`
+    (I,) or (G, I), what is taken off inputs first; `bias`, (O,) or (G, O), in place of the layer's;
+    `low_rank`, dict(left (O, r), right (r, I)), whose product is added to the quantized weight.
+    """
     kind = "conv" if isinstance(layer, nn.Conv2d) else "linear"
-    packed, bias = pack_weight(weight.view(layer.weight.shape), Q_W), layer.bias.detach().cpu()
-    return dict(type=kind, weight=packed, bias=bias, act=quantizer_state(Q_X), **smooth)
+    packed = pack_weight(weight.view(layer.weight.shape), Q_W, view)
+    more = dict(bias=layer.bias.detach(), smooth=smooth) | more
+    more = {key: on_host(value) for key, value in more.items() if value is not None}
+    return dict(type=kind, weight=packed, act=quantizer_state(Q_X), **more)
+
+
+def on_host(value):
+    """A tensor, or a dict of tensors, on the host."""
+    return {k: x.cpu() for k, x in value.items()} if isinstance(value, dict) else value.cpu()
 
 
 def matmul_state(Q_A, Q_B) -> dict:
@@ -96,26 +120,17 @@ def matmul_state(Q_A, Q_B) -> dict:
     return dict(type="matmul", a=quantizer_state(Q_A), b=quantizer_state(Q_B))
 
 
-class SmoothedInput(nn.Module):
-    """Inputs divided by factors (I,), which the weight was multiplied by, then quantized."""
-
-    def __init__(self, act, factors):
-        super().__init__()
-        self.register_buffer("factors", factors)
-        self.act = act
-
-    def forward(self, x, group=None):
-        return self.act(x / self.factors, group)
-
-
 def make_layer(state: dict) -> nn.Module:
     """The quantized layer of a state. Weights are dequantized once, here."""
     if state["type"] == "matmul":
         return q.QuantMatMul(make_quantizer(state["a"]), make_quantizer(state["b"]))
-    act = make_quantizer(state["act"])
-    if "smooth" in state:
-        act = SmoothedInput(act, state["smooth"])
-    return LINEAR[state["type"]](unpack_weight(state["weight"]), state["bias"], act)
+    act, weight = make_quantizer(state["act"]), unpack_weight(state["weight"])
+    if "smooth" in state or "shift" in state:
+        act = ScaledInput(act, state.get("smooth"), state.get("shift"))
+    if "low_rank" in state:
+        weight = weight + state["low_rank"]["left"] @ state["low_rank"]["right"]
+    make = GroupBiasLinear if state["bias"].ndim > 1 else LINEAR[state["type"]]
+    return make(weight, state["bias"], act)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -169,6 +184,6 @@ def swap_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, old = model.get_submodule(parent), model.get_submodule(name)
     if isinstance(layer, q.QuantMatMul):
         parent.fused = False  # the products must be explicit
-    elif layer.bias.shape != old.bias.shape or layer.weight.numel() != old.weight.numel():
+    elif layer.bias.shape[-1:] != old.bias.shape or layer.weight.numel() != old.weight.numel():
         raise ValueError(f"{name} has another shape")
     setattr(parent, child, layer)

@@ -13,9 +13,9 @@ from common import layer_data as d
 from common.artifacts import load_artifact
 from common.checkpoints import load_calib, load_calibrated
 from common.offload import unit_on, units
-from common.phase3 import load_units, spread_rows
 from common.quant_file import make_quantizer, unpack_weight
 from common.report import signal_to_noise
+from common.unit_data import load_units, spread_rows
 
 PHASE1, PHASE3 = load_script("01_collect_calib"), load_script("03_quantize")
 CPU = torch.device("cpu")

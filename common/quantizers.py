@@ -1,0 +1,77 @@
+"""Quantizers and layers beyond the paper, which quant files of other methods hold.
+
+Each says with `names` what a quant file keeps of it, as those of quant_ops.py do: tensors, or
+plain values.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant_ops import Quantizer, QuantLinear, fake_quant, qparams_from_range
+
+
+class DynamicQuantizer(nn.Module):
+    """Eq. (5) with min-max scales taken from the inputs as they come, one for each `per`: a
+    "sample" (all its tokens and channels) or a "token"; with a group size, one for each group of so
+    many neighbouring channels of it. Zero is in every range."""
+
+    names = ("per", "group_size")
+
+    def __init__(self, bits: int, per: str, group_size: int | None = None):
+        super().__init__()
+        self.bits, self.per, self.group_size = bits, per, group_size
+
+    def forward(self, x, group=None):
+        """x (N, ..., I), of samples, or (R, I), of tokens, on its grids."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        parts = x.unflatten(-1, (-1, self.group_size or x.shape[-1]))  # (..., I / g, g)
+        within = [-1] if self.per == "token" else [*range(1, x.ndim - 1), -1]
+        low, high = parts.amin(within, keepdim=True), parts.amax(within, keepdim=True)
+        return fake_quant(parts, *qparams_from_range(low, high, self.bits), self.bits).flatten(-2)
+
+
+def log2_quant(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """x in [0, scale] on the grid scale 2^-q, q in 0..2^k - 1; what is below the least level is
+    that level."""
+    exponent = -torch.log2((x / scale).clamp(min=2.0**-126))
+    return scale * torch.exp2(-exponent.round_().clamp_(0, 2**bits - 1))
+
+
+def uniform_or_log2(x: Tensor, scale: Tensor, log2: Tensor, bits: int) -> Tensor:
+    """Softmax outputs on a uniform grid from 0, or where `log2` says so on a logarithmic one."""
+    uniform = (x / scale).round_().clamp_(0, 2**bits - 1).mul_(scale)
+    return torch.where(log2, log2_quant(x, scale, bits), uniform)
+
+
+class AdaptiveQuantizer(Quantizer):
+    """Softmax outputs: a uniform or a logarithmic grid, as each time group prefers."""
+
+    names, on_grid = ("scale", "log2"), staticmethod(uniform_or_log2)
+
+
+class ScaledInput(nn.Module):
+    """Inputs less a shift, (I,) or one for each time group (G, I), over factors (I,), which the
+    weight was multiplied by; then quantized."""
+
+    def __init__(self, act, factors=None, shift=None):
+        super().__init__()
+        self.register_buffer("factors", factors)
+        self.register_buffer("shift", shift)
+        self.act = act
+
+    def forward(self, x, group=None):
+        if self.shift is not None:
+            by_group = self.shift.ndim > 1 and group is not None
+            shift = self.shift[group] if by_group else self.shift
+            x = x - (shift.view(len(x), *[1] * (x.ndim - 2), -1) if by_group else shift)
+        return self.act(x if self.factors is None else x / self.factors, group)
+
+
+class GroupBiasLinear(QuantLinear):
+    """A quantized linear layer with a bias for each time group, (G, O)."""
+
+    def forward(self, x, group=None):
+        bias = self.bias[group].view(len(x), *[1] * (x.ndim - 2), -1)
+        return F.linear(self.act(x, group), self.weight) + bias
