@@ -24,7 +24,7 @@ from scores import Scores
 from common.artifacts import atomic_write
 from common.cli import at_least_one, run_script, whole_number
 
-BITS = ((6, 6), (4, 8))  # of Table III, and of the ladder beyond it
+BITS = ((6, 6), (4, 8))  # of Table III, and of the ladder beyond it, those of --bits
 SEEDS = (0, 1, 2)  # of the calibration set, in Table III
 TABLES = {
     "models": "Tables I and II",
@@ -49,7 +49,7 @@ def parse_args():
     )
     p.add_argument("--ablation-steps", type=whole_number, help="T of all other tables")
     widths = ["8/8", "6/6", "4/8", "4/4"]
-    p.add_argument("--bits", nargs="+", choices=widths, default=widths, help="of Tables I and II")
+    p.add_argument("--bits", nargs="+", choices=widths, default=widths, help="of Tables I to III")
     contents = "; ".join(f"{name}: {what}" for name, what in TABLES.items())
     p.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help=contents)
     p.add_argument("--name", help="what every row calls this sweep")
@@ -68,14 +68,15 @@ def plan(args):
     """The sweep, and the rows of each of its tables."""
     widths = [tuple(map(int, bits.split("/"))) for bits in args.bits]
     at, beyond = args.ablation_steps, ("full", "renoise", *LADDER, "plus_mse")
+    narrow = [bits for bits in BITS if bits in widths]
     rows = dict(
         models=[
             Row(steps, bits, tag)
             for steps in args.steps for tag in ("full", "plus") for bits in widths
         ],
-        ablation=[Row(at, bits, rung, seed) for bits in BITS for rung in RUNGS for seed in SEEDS],
+        ablation=[Row(at, bits, rung, seed) for bits in narrow for rung in RUNGS for seed in SEEDS],
         layers=[Row(at, bits, tag) for bits in ((8, 8), (6, 6)) for tag in ("full", "all")],
-        plus=[Row(at, bits, tag) for bits in BITS for tag in beyond],
+        plus=[Row(at, bits, tag) for bits in narrow for tag in beyond],
         pairs=[Row(at, pair.bits, tag) for pair in PAIRS for tag in (pair.tag, pair.other)],
         gradient=[],
     )  # fmt: skip
