@@ -177,6 +177,8 @@ QUANT = shared.HEAD | dict(
 def quant(value, name, sizes):
     """A quant file, of any method: sizes first, so that no more is made of it than it holds."""
     check(value, QUANT, name, sizes)
+    both = [key in value[part] for part, key in (("settings", "eps"), ("inputs", "grads"))]
+    need(len(set(both)) == 1, "one of settings.eps and inputs.grads is missing")
     shared.check_sampling(value["settings"]["sampling"], "settings.sampling", sizes)
     layers, depth = value["layers"], sizes["depth"]
     found = shared.count_blocks([*value["state"], *layers])

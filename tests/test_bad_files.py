@@ -309,6 +309,23 @@ def layer(change):
     return edit("quant_w6a6.pt", lambda quant: change(quant["layers"][QKV]))
 
 
+def viewed(view, scales):
+    """A preparation: the weight (96, 32) with so many scales in each of its rows."""
+    many = dict(scale=torch.ones(96, scales, 1), zero_point=torch.zeros(96, scales, 1).byte())
+    return layer(lambda x: x["weight"].update(many, view=view))
+
+
+def dynamic(**changes):
+    """A preparation: inputs with scales of their own."""
+    act = dict(type="dynamic", bits=6, per="token", group_size=8) | changes
+    return layer(lambda x: x.update(act=act))
+
+
+def low_rank(*ranks):
+    left, right = torch.ones(96, ranks[0]), torch.ones(ranks[1], 32)
+    return layer(lambda x: x.update(low_rank=dict(left=left, right=right)))
+
+
 def config(**changes):
     return edit("quant_w6a6.pt", lambda quant: quant["config"].update(changes))
 
@@ -412,6 +429,27 @@ SEEN = {  # command, what happens to the run before, words of the line
     "smooth 0": (QUANT, layer(lambda x: x.update(smooth=torch.zeros(32))), "smooth holds 0 to 0"),
     "conv by group": (QUANT, by_group(3, CONV, like=QKV), "scale is float32 (3), not float32 ()"),
     "groups of another number": (QUANT, by_group(4, QKV), "scale is float32 (4), not float32 (3)"),
+    "view of another size": (QUANT, viewed([96, 2, 8], 2), "view is of 1536 elements, not 3072"),
+    "view beyond 64 bits": (QUANT, viewed([96, 2, 2**70], 2), "view[2] is beyond 64 bits"),
+    "view with other scales": (QUANT, viewed([96, 2, 16], 3), "scale does not go with the view"),
+    "view of nothing": (QUANT, layer(lambda x: x["weight"].update(view=None, scale=None)), "scale"),
+    "dynamic group": (QUANT, dynamic(group_size=5), "group_size is 5, which does not divide 32"),
+    "dynamic group 0": (QUANT, dynamic(group_size=0), "group_size is 0, which does not divide 32"),
+    "dynamic scope": (QUANT, dynamic(per="batch"), "per is 'batch', not 'sample' or 'token'"),
+    "shift of other groups": (QUANT, layer(lambda x: x.update(shift=torch.ones(4, 32))), "shift"),
+    "bias of other groups": (QUANT, layer(lambda x: x.update(bias=torch.ones(4, 96))), "bias"),
+    "conv with a shift": (
+        QUANT,
+        edit("quant_w6a6.pt", lambda q: q["layers"][CONV].update(shift=torch.ones(12))),
+        "unknown entry, 'shift'",
+    ),
+    "low rank alone": (QUANT, layer(lambda x: x.update(low_rank={})), "low_rank.left is missing"),
+    "low rank of two ranks": (QUANT, low_rank(2, 3), "low_rank"),
+    "gradients of nowhere": (
+        QUANT,
+        edit("quant_w6a6.pt", lambda q: q["inputs"].__delitem__("grads")),
+        "one of settings.eps and inputs.grads is missing",
+    ),
     "depth a million": (QUANT, config(depth=10**6), "depth is 1000000"),
     "all sizes huge": (
         QUANT,
@@ -507,6 +545,21 @@ def test_quant_file_of_another_method_is_sampled(run):
         state["smooth"], quant["method"] = torch.ones(32), "theirs"
         weight = state["weight"]
         weight |= {key: weight[key][0, 0] for key in ("scale", "zero_point")}
+
+    edit("quant_w6a6.pt", change)(run)
+    assert run_in_process(*QUANT.split()).returncode == 0
+
+
+def test_quant_file_without_gradients_is_sampled(run):
+    """Scales within rows, dynamic inputs, shifts and biases by group, a low-rank branch; nothing
+    of Phase 2."""
+    viewed([96, 2, 16], 2)(run), dynamic()(run), low_rank(2, 2)(run)
+    layer(lambda x: x.update(shift=torch.zeros(3, 32), bias=torch.zeros(3, 96)))(run)
+
+    def change(quant):
+        del quant["settings"]["eps"], quant["inputs"]["grads"]
+        adaptive = dict(type="adaptive", bits=4, scale=torch.ones(3), log2=torch.arange(3) > 1)
+        quant["layers"]["blocks.0.attn.av"]["a"] = adaptive
 
     edit("quant_w6a6.pt", change)(run)
     assert run_in_process(*QUANT.split()).returncode == 0

@@ -1,5 +1,6 @@
 """Phases 1 to 3 from the inside, against plain loops and plain autograd."""
 
+import shutil
 from functools import cache
 
 import numpy as np
@@ -10,9 +11,14 @@ from conftest import layer_of, linear_data, load_script, run_in_process, same_le
 import models_dit as m
 import quant_ops as q
 from common import layer_data as d
+from common import phase3 as phase3_module
+from common import quant_file
 from common.artifacts import load_artifact
 from common.checkpoints import load_calib, load_calibrated
+from common.cli import InputError
+from common.distributed import ProcessGroup
 from common.offload import unit_on, units
+from common.phase3 import Machine, Phase3
 from common.quant_file import make_quantizer, unpack_weight
 from common.report import signal_to_noise
 from common.unit_data import load_units, spread_rows
@@ -428,3 +434,70 @@ def test_signal_to_noise_equals_the_definition(tiny_run):
     last = rows["group"] == calib["settings"]["groups"] - 1
     expected = 10 * torch.log10(signal[last].sum() / noise[last].sum())
     assert report["snr_per_group"][-1] == pytest.approx(expected.item(), abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------
+# A method without gradients, and one that works in order
+
+
+def driver(run, tmp_path, **how):
+    """A Phase 3 of its own in a run without grads/."""
+    shutil.copy(run / "calib.pt", tmp_path)
+    where = Machine(CPU, 4, None, False)
+    return Phase3(tmp_path, "w4a4_own", "own", dict(wbits=4, abits=4, rows=None), where, **how)
+
+
+def rounded_layers(phase3, unit, bits=4):
+    """The weights of a unit's linear layers on min-max grids: name -> dict(state, cost)."""
+    done = {}
+    for layer in phase3.layers(unit, conditioning=False):
+        if not isinstance(layer.module, m.MatMul):
+            weight = layer.module.weight.detach().flatten(1)
+            Q_W = q.uniform_candidates(*weight.aminmax(dim=1, keepdim=True), bits)[0]
+            state = quant_file.linear_state(layer.module, Q_W(weight), Q_W, q.FullPrecision())
+            done[layer.name] = dict(state=state, cost=1.0)
+    return done
+
+
+def test_without_gradients_all_rows_weigh_the_same(tiny_run, tmp_path):
+    """No grads/ is needed; G^(l) = 1, and inputs and outputs are the layer's own."""
+    phase3 = driver(tiny_run, tmp_path, gradients=False)
+    assert not phase3.is_done()
+    for unit in phase3.units():
+        for layer in phase3.layers(unit, conditioning=True):
+            for chunk in phase3.data(layer):
+                assert (chunk.grad == 1).all() and chunk.grad.shape == chunk.out.shape
+                if not isinstance(layer.module, m.MatMul):
+                    weight = layer.module.weight.flatten(1)
+                    torch.testing.assert_close(chunk.x @ weight.T, chunk.out, rtol=1e-4, atol=1e-4)
+        phase3.save(unit, rounded_layers(phase3, unit))
+    phase3.finish("")
+    file = load_artifact(tmp_path / "quant_w4a4_own.pt", "quant", "")
+    assert file["inputs"].keys() == {"calib", "checkpoint"} and "eps" not in file["settings"]
+
+
+def test_in_order_inputs_come_out_of_the_quantized_units_before(tiny_run, tmp_path):
+    """Of every unit: those that a hook sees in the finished quantized model; resumed or not."""
+    seen, phase3 = {}, driver(tiny_run, tmp_path, gradients=False, in_order=True)
+    phase3.is_done()
+    for unit in phase3.units():
+        if unit != "block_01":
+            seen[unit] = phase3.quantized_inputs()
+        phase3.save(unit, rounded_layers(phase3, unit))
+    phase3.finish("")
+    artifact = quant_file.load_quant(tmp_path / "quant_w4a4_own.pt")
+    model, rows = quant_file.build_quantized(artifact, ""), phase3.calib["calibration"]
+    told = m.Diffusion(6).timestep_map[rows["t"]]
+    got, final = [], model.final_layer
+    final.register_forward_pre_hook(lambda module, inputs: got.extend(inputs[:2]))
+    model(rows["x"], told, rows["y"])
+    torch.testing.assert_close(seen["final"], got)
+    full = phase3.unit.inputs[0]
+    assert (full - got[0]).norm() > 0.01 * full.norm()  # the full-precision ones are others
+
+
+def test_in_order_is_for_one_process(tiny_run, tmp_path, monkeypatch):
+    """Several processes would each start from full precision: refused in one line."""
+    monkeypatch.setattr(phase3_module, "join_process_group", lambda: ProcessGroup(0, 2))
+    with pytest.raises(InputError, match="own works through the network in order: run one process"):
+        driver(tiny_run, tmp_path, gradients=False, in_order=True)
