@@ -448,9 +448,13 @@ def driver(run, tmp_path, **how):
 
 
 def rounded_layers(phase3, unit, bits=4):
-    """The weights of a unit's linear layers on min-max grids: name -> dict(state, cost)."""
-    done = {}
+    """The weights of a unit's linear layers on min-max grids, softmax outputs on one grid for each
+    time group: name -> dict(state, cost)."""
+    done, by_group = {}, q.SoftmaxQuantizer(3, torch.tensor([0.001, 0.01, 0.1]))
     for layer in phase3.layers(unit, conditioning=False):
+        if layer.spec.post_softmax:
+            state = quant_file.matmul_state(by_group, q.FullPrecision())
+            done[layer.name] = dict(state=state, cost=1.0)
         if not isinstance(layer.module, m.MatMul):
             weight = layer.module.weight.detach().flatten(1)
             Q_W = q.uniform_candidates(*weight.aminmax(dim=1, keepdim=True), bits)[0]
