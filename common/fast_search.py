@@ -5,12 +5,14 @@ codes where the device has a unit for that. Chunks are outside and candidates in
 chunk stays in cache.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from engine.int_products import has_int_unit, input_codes, int_error, takes_shapes, weight_codes
+from engine import int_products, onednn
+from engine.int_products import MAX_INPUTS, has_int_unit, takes_shapes
 from quant_ops import FullPrecision, InputLoss, WeightLoss, hessian_loss, search
 
 SLACK = 1.1  # of the least loss expected: candidates above are pruned at first
@@ -27,13 +29,14 @@ class FastSearch:
     """
 
     def __init__(self, compile_losses=False):
-        self.expected = {}
-        self.evaluate = _compiled() if compile_losses else _evaluate
+        self.expected, self.compile_losses = {}, compile_losses
 
     def __call__(self, candidates, data, loss):
         key = isinstance(loss, WeightLoss), data.group
         expected = self.expected.get(key)
-        twin = on_integers(loss, data)
+        twin = on_integers(loss, candidates, data)
+        by_onednn = getattr(twin, "product", None) is ONEDNN  # which the compiler does not take
+        self.evaluate = _compiled() if self.compile_losses and not by_onednn else _evaluate
         total = self.sums(candidates, data, twin, expected)
         least = total.amin(dim=0)
         self.expected[key] = least
@@ -92,16 +95,32 @@ def _not_above(total, bar):
 # Losses of linear layers on integer codes: exact products, and a fast unit for them
 
 
-def on_integers(loss, data):
+class Product(NamedTuple):
+    """How a unit multiplies: inputs and weight as its codes, and z less the product of both."""
+
+    inputs: Callable
+    weight: Callable
+    error: Callable
+
+
+INT_MM = Product(int_products.input_codes, int_products.weight_codes, int_products.int_error)
+ONEDNN = Product(onednn.input_codes, onednn.weight_codes, onednn.error)
+
+
+def on_integers(loss, candidates, data):
     """The twin of a linear layer's loss on integer codes where it can be had, else the loss."""
-    twins = {WeightLoss: IntWeightLoss, InputLoss: IntInputLoss}
-    if type(loss) not in twins or not has_int_unit(data.device):
+    if isinstance(loss, WeightLoss):
+        twin, bits, Q_X = IntWeightLoss, candidates[0].bits, loss.Q_X
+    elif isinstance(loss, InputLoss):
+        twin, bits, Q_X = IntInputLoss, loss.Q_W.bits, candidates[0]
+    else:
         return loss
-    rows = min(len(chunk.x) for chunk in data.chunks)
-    quantized = not isinstance(getattr(loss, "Q_X", None), FullPrecision)
-    if not quantized or not takes_shapes(rows, loss.weight, data.device):
+    W, device, rows = loss.weight, data.device, min(len(chunk.x) for chunk in data.chunks)
+    if isinstance(Q_X, FullPrecision) or W.shape[1] >= MAX_INPUTS:
         return loss
-    return twins[type(loss)](*loss)
+    if has_int_unit(device):
+        return twin(*loss, INT_MM) if takes_shapes(rows, W, device) else loss
+    return twin(*loss, ONEDNN) if device.type == "cpu" and onednn.pays(W, bits, Q_X) else loss
 
 
 class IntWeightLoss(NamedTuple):
@@ -109,12 +128,13 @@ class IntWeightLoss(NamedTuple):
 
     weight: torch.Tensor
     Q_X: torch.nn.Module
+    product: Product
 
     def prepare(self, chunk):
-        return input_codes(self.Q_X, chunk.x, chunk.group)
+        return self.product.inputs(self.Q_X, chunk.x, chunk.group)
 
     def __call__(self, chunk, X_codes, Q_W):
-        delta = int_error(X_codes, weight_codes(Q_W, self.weight), chunk.out)
+        delta = self.product.error(X_codes, self.product.weight(Q_W, self.weight), chunk.out)
         loss = hessian_loss(delta, chunk.grad, dim=0)
         return loss[:, None] if Q_W.scale.ndim else loss.sum()
 
@@ -124,10 +144,11 @@ class IntInputLoss(NamedTuple):
 
     weight: torch.Tensor
     Q_W: torch.nn.Module
+    product: Product
 
     def prepare(self, chunk):
-        return weight_codes(self.Q_W, self.weight)
+        return self.product.weight(self.Q_W, self.weight)
 
     def __call__(self, chunk, W_codes, Q_X):
-        delta = int_error(input_codes(Q_X, chunk.x, chunk.group), W_codes, chunk.out)
-        return hessian_loss(delta, chunk.grad)
+        X_codes = self.product.inputs(Q_X, chunk.x, chunk.group)
+        return hessian_loss(self.product.error(X_codes, W_codes, chunk.out), chunk.grad)

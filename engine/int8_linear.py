@@ -9,29 +9,17 @@ left in floating point. Nothing that could come out wrong is multiplied on integ
     z = s_x s_w [ sum (q_x - z_x) v  -  (z_w - u) sum (q_x - z_x) ] + bias
 """
 
-from functools import cache
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.int_products import MAX_INPUTS
+from engine.onednn import pair_limit, u8s8
 from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, quantize
-
-EXACT = 2**31 - 1  # the sum of any two products of codes is held
-SATURATING = 2**15 - 1  # pairs of products are added in 16 bits
 
 # ------------------------------------------------------------------------------------------------
 # The product
-
-
-def u8s8(codes, scale, zero_point, weight, w_scale, bias):
-    """scale (codes - zero_point) V^T w_scale + bias, of uint8 codes (..., I) and int8 V, packed."""
-    none = torch.zeros(len(w_scale), dtype=torch.int32)  # a weight's zero point is ignored there
-    output = 1.0, 0, torch.float32, "none", [], ""
-    product = torch.ops.onednn.qlinear_pointwise
-    return product(codes, scale, zero_point, weight, w_scale, none, bias, *output)
 
 
 @torch.library.custom_op("tqdit::int8_product", mutates_args=())
@@ -63,26 +51,6 @@ def int8_product(
 @int8_product.register_fake
 def _(codes, scale, zero_point, group, weight, w_scale, bias):
     return codes.new_empty(*codes.shape[:-1], len(w_scale), dtype=torch.float32)
-
-
-@cache
-def pair_limit() -> int:
-    """The largest sum of two products that this CPU's u8 x s8 product holds, found by trying: 0
-    where there is no such product."""
-
-    def is_exact(weight_code):
-        codes = torch.full((32, 64), 255, dtype=torch.uint8)
-        weight = torch.full((16, 64), weight_code, dtype=torch.int8)
-        packed, one = torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(16)
-        out = u8s8(codes, one[0], torch.tensor(0), packed, one, None)
-        return bool((out == 64 * 255 * weight_code).all())
-
-    try:
-        if is_exact(127) and is_exact(-128):
-            return EXACT
-        return SATURATING if is_exact(64) and is_exact(-64) else 0
-    except (AttributeError, RuntimeError):  # an older torch, another processor
-        return 0
 
 
 # ------------------------------------------------------------------------------------------------

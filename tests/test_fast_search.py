@@ -9,6 +9,7 @@ from conftest import linear_data
 import quant_ops as q
 from common import fast_search
 from common.fast_search import FastSearch
+from engine import onednn
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -121,8 +122,8 @@ def test_search_on_integers_chooses_what_the_plain_search_chooses(
     """The same scales of weights and inputs from int8 products as from floating point."""
     monkeypatch.setattr(fast_search, "has_int_unit", lambda device: True)
     case = linear_case(bits, gelu, by_group)
-    data, loss = case[-1], q.WeightLoss(case[0], case[2])
-    assert isinstance(fast_search.on_integers(loss, data), fast_search.IntWeightLoss)
+    data, loss, tried = case[-1], q.WeightLoss(case[0], case[2]), case[1][1]
+    assert isinstance(fast_search.on_integers(loss, tried, data), fast_search.IntWeightLoss)
     found, expected = (alternate(search, case, gelu) for search in (FastSearch(), q.search))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -143,9 +144,42 @@ def test_losses_are_on_integers_where_they_can(
     data.device = device
     W, one = torch.zeros(outputs, 64), torch.tensor(1.0)
     Q = q.UniformQuantizer(8, one, one)
+    tried = q.Candidates(lambda i: Q, torch.arange(3))
     for loss in (q.WeightLoss(W, Q if quantized else q.FullPrecision()), q.InputLoss(W, Q)):
-        on_codes = type(fast_search.on_integers(loss, data)) is not type(loss)
+        on_codes = type(fast_search.on_integers(loss, tried, data)) is not type(loss)
         assert on_codes == (integers or not quantized and isinstance(loss, q.InputLoss))
+
+
+@pytest.mark.skipif(onednn.pair_limit() == 0, reason="no u8 x s8 product on this CPU")
+@pytest.mark.parametrize("by_group", [False, True])
+@pytest.mark.parametrize("bits", [6, 4])
+def test_search_on_onednn_chooses_what_the_plain_search_chooses(monkeypatch, bits, by_group):
+    """CPUs without VNNI: the same scales from products of uint8 by int8 codes."""
+    monkeypatch.setattr(fast_search, "has_int_unit", lambda device: False)
+    monkeypatch.setattr(onednn, "ENOUGH", 8)
+    W, (Q_W, tried), Q_X, grids, data = case = linear_case(bits, False, by_group)
+    for loss, candidates in ((q.WeightLoss(W, Q_X), tried), (q.InputLoss(W, Q_W), grids)):
+        assert fast_search.on_integers(loss, candidates, data).product is fast_search.ONEDNN
+    found, expected = (alternate(search, case, False) for search in (FastSearch(), q.search))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("limit, bits, inputs, pays", [
+    (onednn.SATURATING, (6, 6), 256, True),
+    (onednn.SATURATING, (7, 8), 256, False),  # 2 * 127 * 255 does not fit
+    (onednn.SATURATING, (6, 8), 256, True),  # 2 * 63 * 255 does
+    (onednn.EXACT, (8, 8), 256, False),  # a weight less its zero point may need nine bits
+    (0, (4, 4), 256, False),  # no such product
+    (onednn.SATURATING, (6, 6), 255, False),  # too little work
+])  # fmt: skip
+def test_onednn_is_taken_where_nothing_saturates_and_it_pays(
+    monkeypatch, limit, bits, inputs, pays
+):
+    """The bound is that of two neighbouring products; after GELU the floating product is faster."""
+    monkeypatch.setattr(onednn, "pair_limit", lambda: limit)
+    one, weight = torch.tensor(1.0), torch.zeros(8, inputs)
+    assert onednn.pays(weight, bits[0], q.UniformQuantizer(bits[1], one, one)) is pays
+    assert not onednn.pays(weight, bits[0], q.GeluQuantizer(bits[1], one, one))
 
 
 @pytest.mark.slow

@@ -8,8 +8,11 @@ import engine.int8_linear as e
 import quant_ops as q
 from common import quant_file
 from common.int8_engine import Int8Engine
+from engine import onednn
 
-needs_product = pytest.mark.skipif(e.pair_limit() == 0, reason="no u8 x s8 product on this CPU")
+needs_product = pytest.mark.skipif(
+    onednn.pair_limit() == 0, reason="no u8 x s8 product on this CPU"
+)
 WIDTHS = [(2, 2), (4, 4), (4, 8), (6, 6), (6, 8), (7, 7), (8, 6), (8, 8)]
 
 
@@ -62,22 +65,22 @@ def test_a_saturating_product_is_never_taken():
     weight, Q_W = weight_and_grid(8)
     state = state_of(weight, Q_W, quantizer("uniform", 8, torch.tensor(1.0)))
     codes = torch.full((32, 64), 255, dtype=torch.uint8)
-    packed = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
+    packed = onednn.pack(torch.full((16, 64), 127, dtype=torch.int8))
     one = torch.ones(16)
-    found = e.u8s8(codes, one[0], torch.tensor(0), packed, one, None)
+    found = onednn.u8s8(codes, one[0], torch.tensor(0), packed, one, None)
     saturates = bool((found != 64 * 255 * 127).any())
-    assert saturates == (e.pair_limit() == e.SATURATING)
+    assert saturates == (onednn.pair_limit() == onednn.SATURATING)
     engine = Int8Engine()
     engine.make_layer(state)
     assert (engine.on_integers == 0) == saturates
     assert ("saturate" in engine.describe()) == saturates
 
 
-@pytest.mark.parametrize("limit, on_integers", [(0, 0), (e.SATURATING, 0), (e.EXACT, 1)])
+@pytest.mark.parametrize("limit, on_integers", [(0, 0), (onednn.SATURATING, 0), (onednn.EXACT, 1)])
 def test_pair_limit_decides(monkeypatch, limit, on_integers):
     """An older torch or another processor has no product: everything is in floating point."""
     monkeypatch.setattr(e, "pair_limit", lambda: limit)
-    if limit == e.EXACT and not hasattr(torch.ops.onednn, "qlinear_prepack"):
+    if limit == onednn.EXACT and not hasattr(torch.ops.onednn, "qlinear_prepack"):
         pytest.skip("no u8 x s8 product in this torch")
     weight, Q_W = weight_and_grid(8)
     engine = Int8Engine()

@@ -1,0 +1,103 @@
+"""oneDNN's product of uint8 by int8 codes on a CPU, and how far it can be trusted.
+
+Where the CPU has VNNI the product accumulates in int32. Other CPUs add pairs of products in 16 bits
+first, which saturates beyond SATURATING: `pair_limit` finds out by trying, and nothing that could
+reach that far may be multiplied here.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant_ops import UniformQuantizer, quantize
+
+EXACT = 2**31 - 1  # the sum of any two products of codes is held
+SATURATING = 2**15 - 1  # pairs of products are added in 16 bits
+ENOUGH = 256  # inputs of a layer, from which packing its candidates is worth it
+
+
+def pack(weight: Tensor) -> Tensor:
+    """int8 codes (O, I) in oneDNN's own layout."""
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+def u8s8(codes, scale, zero_point, weight, w_scale, bias):
+    """scale (codes - zero_point) V^T w_scale + bias, of uint8 codes (..., I) and int8 V, packed."""
+    none = torch.zeros(len(w_scale), dtype=torch.int32)  # a weight's zero point is ignored there
+    output = 1.0, 0, torch.float32, "none", [], ""
+    product = torch.ops.onednn.qlinear_pointwise
+    return product(codes, scale, zero_point, weight, w_scale, none, bias, *output)
+
+
+@cache
+def pair_limit() -> int:
+    """The largest sum of two products that this CPU's u8 x s8 product holds, found by trying: 0
+    where there is no such product."""
+
+    def is_exact(weight_code):
+        codes = torch.full((32, 64), 255, dtype=torch.uint8)
+        weight = torch.full((16, 64), weight_code, dtype=torch.int8)
+        out = u8s8(codes, torch.tensor(1.0), torch.tensor(0), pack(weight), torch.ones(16), None)
+        return bool((out == 64 * 255 * weight_code).all())
+
+    try:
+        if is_exact(127) and is_exact(-128):
+            return EXACT
+        return SATURATING if is_exact(64) and is_exact(-64) else 0
+    except (AttributeError, RuntimeError):  # an older torch, another processor
+        return 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Phase 3's products of candidates, on CPUs without VNNI
+
+
+class Inputs(NamedTuple):
+    """The values scale * (codes - zero_point), held as uint8 codes (R, I). `scale` and `zero_point`
+    are (), or a column (R, 1) for one of each row."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+class Weight(NamedTuple):
+    """The values scale * v, held as int8 v = q - z (O, I), packed; scale and the sums of v (O,)."""
+
+    packed: Tensor
+    scale: Tensor
+    row_sum: Tensor
+
+
+def input_codes(Q_X: UniformQuantizer, x: Tensor, group) -> Inputs:
+    """Inputs (R, I) of these time groups (R,) as codes."""
+    scale, zero_point = Q_X.params_for(x, group)
+    return Inputs(quantize(x, scale, zero_point, Q_X.bits).to(torch.uint8), scale, zero_point)
+
+
+def weight_codes(Q_W: UniformQuantizer, weight: Tensor) -> Weight:
+    """A weight (O, I) as codes less their zero points."""
+    v = quantize(weight, Q_W.scale, Q_W.zero_point, Q_W.bits).sub_(Q_W.zero_point)
+    scale = Q_W.scale.flatten().expand(len(weight)).contiguous()
+    return Weight(pack(v.to(torch.int8)), scale, v.sum(dim=1))
+
+
+def error(a: Inputs, weight: Weight, z: Tensor) -> Tensor:
+    """z (R, O) less the product of the inputs and the weight's transpose."""
+    if a.scale.ndim == 0:
+        zero_point = a.zero_point.int()
+        return z - u8s8(a.codes, a.scale, zero_point, weight.packed, weight.scale, None)
+    one, zero = torch.ones(()), torch.zeros((), dtype=torch.int32)
+    product = u8s8(a.codes, one, zero, weight.packed, torch.ones_like(weight.scale), None)
+    product.addcmul_(a.zero_point, weight.row_sum, value=-1)  # sum (q - z) v = sum q v - z sum v
+    return torch.addcmul(z, product, a.scale * weight.scale, value=-1)
+
+
+def pays(weight: Tensor, bits: int, Q_X) -> bool:
+    """Whether candidates of a weight (O, I) of so many bits, or of these inputs, are faster here,
+    and no product can saturate. After GELU (MRQ) the two products take longer than one in fp32."""
+    if not isinstance(Q_X, UniformQuantizer) or weight.shape[1] < ENOUGH:
+        return False
+    return bits < 8 and 2 * (2**bits - 1) * (2**Q_X.bits - 1) <= pair_limit()
