@@ -17,7 +17,8 @@ import torch.nn as nn
 
 from common import quant_file
 from common.cli import (
-    Parser, at_least_one, check_bits, check_search, check_tag, model_name, run_script, whole_number,
+    Parser, at_least_one, check_bits, check_tag, check_unit_flags, model_name, run_script,
+    whole_number,
 )  # fmt: skip
 from common.fast_search import make_search
 from common.phase3 import Machine, Phase3
@@ -64,7 +65,7 @@ def check(args):
     check_bits(args, "wbits", "abits")
     check_tag(args)
     at_least_one(args, "rounds", "rows")
-    check_search(args)
+    check_unit_flags(args)
 
 
 def weight_range(weight, granularity):

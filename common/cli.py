@@ -50,12 +50,17 @@ class Parser(argparse.ArgumentParser):
         self.machine.add_argument("--force", action="store_true", help="replace what is there")
         self.machine.add_argument("--traceback", action="store_true", help="show where it failed")
 
-    def add_search_flags(self):
+    def add_unit_flags(self):
         """The machine flags of every Phase 3."""
         add, limit = self.machine.add_argument, "MiB a search may take, weights apart: 512, CPU 12"
-        add("--search", choices=("fast", "plain"), default="fast", help="the same choice")
         add("--batch-size", type=whole_number, default=8, help="rows of a unit's own passes")
         add("--memory-limit", type=float, help=limit)
+
+    def add_search_flags(self):
+        """The machine flags of a Phase 3 that searches by Eq. (16)."""
+        add = self.machine.add_argument
+        add("--search", choices=("fast", "plain"), default="fast", help="the same choice")
+        self.add_unit_flags()
         add("--compile", action="store_true", help="fuse passes; meant for CUDA")
 
     def parse_args(self, args=None, namespace=None):
@@ -142,8 +147,8 @@ def check_bits(args, *flags):
             raise InputError(f"{name} {bits}: must be 2..8")
 
 
-def check_search(args):
-    """InputError unless the flags of `Parser.add_search_flags` make sense."""
+def check_unit_flags(args):
+    """InputError unless the flags of `Parser.add_unit_flags` make sense."""
     at_least_one(args, "batch_size")
     limit = args.memory_limit
     if limit is not None and not 0 < limit < 1e12:

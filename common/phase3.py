@@ -95,9 +95,9 @@ class Phase3:
                 name = prefix + spec.name
                 yield Layer(name, self.model.get_submodule(name), spec)
 
-    def quantized_inputs(self):
+    def quantized_inputs(self, make=make_layer):
         """The present unit's inputs as the units before it, all quantized by now, make them; a list
-        of tensors, of every row, on the host."""
+        of tensors, of every row, on the host. `make(state)` makes their layers, always the same."""
         if self.quantized is None:
             self.quantized = deepcopy(self.model)
             self.left = iter(units(self.model))
@@ -106,7 +106,7 @@ class Phase3:
         where = self.machine.batch_size, self.machine.device
         while self.reached != self.unit.name:
             for name, layer in self.parts.load(self.reached).items():
-                swap_layer(self.quantized, name, make_layer(layer["state"]))
+                swap_layer(self.quantized, name, make(layer["state"]))
             stream = self.stream, *where, self.unit.groups
             self.stream = next_inputs(self.quantized, self.reached, *stream)
             self.reached = next(self.left)

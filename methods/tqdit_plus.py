@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    Parser, at_least_one, check_bits, check_search, check_tag, model_name, run_script, whole_number,
+    Parser, at_least_one, check_bits, check_tag, check_unit_flags, model_name, run_script,
+    whole_number,
 )  # fmt: skip
 from common.fast_search import make_search  # noqa: E402
 from common.phase3 import Machine, Phase3  # noqa: E402
@@ -92,7 +93,7 @@ def check(args):
     check_bits(args, "wbits", "abits", *optional)
     check_tag(args)
     at_least_one(args, "rounds", "rows")
-    check_search(args)
+    check_unit_flags(args)
 
 
 def bits_of(layer, cfg):
