@@ -23,7 +23,7 @@ from common.offload import unit_on, units
 from common.unit_data import load_units
 from engine.int_products import has_int_unit
 from models_dit import MatMul, explicit_products
-from quant_ops import FullPrecision, WeightLoss
+from quant_ops import FullPrecision, UniformQuantizer, WeightLoss
 
 COLUMNS = ["layer", "products, TFLOP", "TB", "by count, s", "fp32 products, s", "products, s"]
 COLUMNS += ["search, s", "search / fp32 products", "search / products", "losses computed"]
@@ -79,9 +79,10 @@ def takes_integers(layer, spec, data):
     """Whether 03 multiplies this layer's candidates as codes."""
     if isinstance(layer, MatMul):
         return False
-    Q_X = FullPrecision() if spec.reads_image else None  # of any other, its type says nothing
-    loss = WeightLoss(layer.weight.detach().flatten(1), Q_X)
-    return on_integers(loss, data) is not loss
+    one = torch.ones((), device=data.device)
+    Q = UniformQuantizer(8, one, one)  # MRQ's two scales change nothing here
+    loss = WeightLoss(layer.weight.detach().flatten(1), FullPrecision() if spec.reads_image else Q)
+    return on_integers(loss, [Q], data) is not loss
 
 
 def products_alone(layer, data, candidates, integers):
