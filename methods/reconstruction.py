@@ -1,8 +1,8 @@
 """Block reconstruction (BRECQ, arXiv 2102.05426): the layers of a unit learn together.
 
-What the quantized layers of a unit learn, by gradient descent, is how weights are rounded (AdaRound)
-and the scales of activations, so that the unit's outputs come near those of full precision. For a
-method that works through the network in order:
+What the quantized layers of a unit learn, by gradient descent, is how weights are rounded
+(AdaRound) and the scales of activations: the unit's outputs shall come near those of full
+precision. For a method that works through the network in order:
 
     soft = {layer.name: SoftLinear(...) or SoftMatMul(...) for each layer of the unit}
     reconstruct(phase3, soft, inputs, recipe)      # inputs: phase3.quantized_inputs(), or its own
@@ -141,7 +141,7 @@ def reconstruct(phase3, soft, inputs, recipe, targets=None):
     seed = recipe.seed * 1000 + list(units(phase3.model)).index(unit.name)
     generator = torch.Generator().manual_seed(seed)
     with in_place(phase3.model, soft):
-        steps = range(recipe.iterations if adams else 0)
+        steps = range(1, 1 + recipe.iterations * bool(adams))
         for step in tqdm(steps, desc=f"reconstruct {unit.name}", leave=False):
             rows = torch.randperm(len(unit.groups), generator=generator)[: recipe.batch_size]
             given, wanted = ([x[rows].to(device) for x in columns] for columns in (inputs, targets))
@@ -203,12 +203,12 @@ def output_loss(found, wanted, power):
 
 
 def penalty(roundings, step, recipe):
-    """AdaRound's regularizer, whose exponent falls linearly; 0 during the warm-up."""
+    """AdaRound's regularizer in step 1, 2, .., its exponent falling linearly; 0 in the warm-up."""
     start = recipe.warmup * recipe.iterations
     if step < start:
         return 0.0
     first, last = recipe.beta
-    beta = first + (last - first) * (step - start) / (recipe.iterations - start)
+    beta = first + (last - first) * (step - start) / max(1, recipe.iterations - start)
     return recipe.lam * sum(rounding.regularizer(beta) for rounding in roundings)
 
 

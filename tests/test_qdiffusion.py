@@ -1,0 +1,91 @@
+"""methods/qdiffusion.py: phases W and A of a unit, and the script on the tiny DiT."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import load_script, refused, run_in_process, snapshot
+
+from common.artifacts import load_artifact
+from common.quant_file import load_quant, unpack_weight
+from methods.ranges import weight_by_shrinking
+
+SCRIPT = "methods/qdiffusion"
+QD = load_script(SCRIPT)
+FLAGS = "--wbits 4 --abits 5 --weight-iterations 3 --scale-iterations 3 --weight-batch 4".split()
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A run with a calib.pt alone."""
+    shutil.copy(tiny_run / "calib.pt", tmp_path)
+    return tmp_path
+
+
+def made(run, *flags):
+    result = run_in_process(SCRIPT, "--run", run, *FLAGS, *flags)
+    assert result.returncode == 0, result.stderr
+    return load_quant(run / "quant_w4a5_qdiffusion.pt"), result.stdout
+
+
+def test_own_layers_are_all_that_multiply(run):
+    """Embedders, adaLN and final layer too, inputs and weights; softmax keeps 8 bits."""
+    file, printed = made(run)
+    layers = file["layers"]
+    assert len(layers) == 3 + 2 * 7 + 2 and "eps, signal to noise" in printed
+    assert {x["weight"]["bits"] for x in layers.values() if "weight" in x} == {4}
+    assert {x["act"]["bits"] for x in layers.values() if "act" in x} == {5}
+    assert {layers[f"blocks.{i}.attn.av"]["a"]["bits"] for i in (0, 1)} == {8}
+    assert layers["blocks.0.attn.av"]["b"]["bits"] == layers["blocks.0.attn.qk"]["a"]["bits"] == 5
+
+
+def test_released_layers_are_those_of_03(run, tiny_run):
+    """Conditioning and the image itself stay in full precision (D6)."""
+    file, _ = made(run, "--layers", "released", "--softmax-bits", "5")
+    assert file["layers"].keys() == load_quant(tiny_run / "quant_w6a6.pt")["layers"].keys()
+    assert file["layers"]["x_embedder.proj"]["act"] == dict(type="none")
+    assert file["layers"]["blocks.0.attn.av"]["a"]["bits"] == 5
+
+
+def test_without_iterations_weights_are_rounded_to_nearest(run):
+    """Ranges of least |error|^2.4, and nothing learned; phase A alone changes scales of inputs."""
+    none = "--weight-iterations", "0", "--scale-iterations", "0"
+    plain, _ = made(run, *none)
+    learned, _ = made(run, *none[:2], "--scale-iterations", "20", "--force")
+    weight = torch.load(run / "calib.pt", weights_only=True)["settings"]["ckpt"]
+    weight = torch.load(weight, weights_only=True)["blocks.1.mlp.fc1.weight"]
+    name = "blocks.1.mlp.fc1"
+    for file in (plain, learned):
+        found = unpack_weight(file["layers"][name]["weight"])
+        torch.testing.assert_close(found, weight_by_shrinking(weight, 4)(weight))
+    was, now = (file["layers"][name]["act"]["scale"] for file in (plain, learned))
+    assert was != now and abs(now / was - 1) < 0.2
+
+
+def test_rounding_learns_with_the_units_before_quantized(run):
+    """Some weights of every block are no longer rounded to nearest."""
+    plain, _ = made(run, "--weight-iterations", "0", "--weight-batch", "8")
+    learned, _ = made(run, "--weight-iterations", "40", "--force")
+    for i in (0, 1):
+        codes = [f["layers"][f"blocks.{i}.mlp.fc1"]["weight"]["codes"] for f in (plain, learned)]
+        assert not torch.equal(*codes)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--softmax-bits", "9"], "--softmax-bits 9: must be 2..8"),
+    (["--scale-iterations", "-1"], "--scale-iterations -1: at least 1"),
+    (["--weight-batch", "0"], "--weight-batch 0: at least 1"),
+])  # fmt: skip
+def test_bad_flags_are_refused(run, flags, words):
+    """One line, status 2, nothing written."""
+    before = snapshot(run)
+    refused(run_in_process(SCRIPT, "--run", run, *FLAGS, *flags), words)
+    assert snapshot(run) == before
+
+
+def test_file_names_its_method(run):
+    """`method` and every setting stand in the file."""
+    made(run)
+    file = load_artifact(run / "quant_w4a5_qdiffusion.pt", "quant", "")
+    assert file["method"] == "qdiffusion"
+    assert file["settings"].keys() >= set(QD.Settings._fields)

@@ -1,0 +1,226 @@
+"""methods/reconstruction.py, rounding.py, ranges.py: AdaRound, learned scales, clipping ranges.
+
+THEIRS are what the authors' code gives on `wave`: Xiuyu-Li/q-diffusion@715783d, in qdiff/,
+quant_layer.py (UniformAffineQuantizer, "mse"), adaptive_rounding.py, block_recon.py (LossFunction).
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import linear_data
+
+import quant_ops as q
+from common.quant_file import make_layer, unpack_weight
+from common.unit_data import Unit
+from methods import ranges
+from methods import reconstruction as r
+from methods.rounding import AdaRound
+
+CPU = torch.device("cpu")
+THEIRS = dict(
+    scale=[0.271865, 0.522218, 0.140746, 0.856725],
+    zero_point=[4, 3, 3, 3],
+    input=(0.129333, 5),
+    losses=[
+        0.21994, 0.17916, 0.15356, 0.59373, 0.57686, 0.55946, 0.54033, 0.52226, 0.50271, 0.48359,
+        0.46447, 0.44322, 0.42118, 0.40269, 0.38667, 0.37142, 0.35464, 0.33734, 0.31897, 0.29199,
+    ],
+    up="001010110011101101010111011010111001000100110110",
+)  # fmt: skip
+
+
+def wave(*shape):
+    """Numbers that every machine makes alike."""
+    count = torch.Size(shape).numel()
+    return torch.sin(torch.arange(1, 1 + count).float() ** 1.3).view(shape)
+
+
+def drawn():
+    """A weight (4, 12) and inputs (10, 3, 12)."""
+    return wave(4, 12) * torch.tensor([1.0, 2.0, 0.5, 3.0])[:, None], wave(10, 3, 12) + 0.3
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranges
+
+
+def test_shrunk_ranges_are_those_of_the_authors():
+    """Least |error|^2.4 of 80 ranges: of every output channel, and of all inputs."""
+    weight, x = drawn()
+    Q_W = ranges.weight_by_shrinking(weight, 3)
+    torch.testing.assert_close(Q_W.scale[:, 0], torch.tensor(THEIRS["scale"]), rtol=0, atol=1e-5)
+    assert Q_W.zero_point[:, 0].tolist() == THEIRS["zero_point"]
+    data = linear_data(torch.ones(30, 4), x=x.flatten(0, 1))
+    Q_X = ranges.values_by_shrinking(data, "x", 4)
+    assert (round(Q_X.scale.item(), 6), Q_X.zero_point) == THEIRS["input"]
+
+
+def test_percentiles_leave_out_what_costs_more_than_it_saves():
+    """One outlier among 20,000 values: cut off; a tenth of all values: kept. Rows on their own."""
+    x = wave(2, 20000)
+    x[0, 7], x[1, ::10] = 40, 40
+    Q = ranges.weight_by_percentile(x, 4)
+    assert Q.scale[0] * 15 < 4 and Q.scale[1] * 15 > 40
+    lows, highs = ranges.quantiles(x)
+    p = torch.tensor(ranges.PERCENTILES)
+    torch.testing.assert_close(lows, torch.quantile(x, 1 - p))
+    torch.testing.assert_close(highs, torch.quantile(x, p))
+    data = linear_data(torch.ones(2000, 4), x=x[0].view(2000, 10))
+    assert ranges.values_by_percentile(data, "x", 4).scale * 15 < 4
+
+
+# ------------------------------------------------------------------------------------------------
+# AdaRound
+
+
+def grid(weight, bits=3):
+    return ranges.weight_by_shrinking(weight, bits)
+
+
+def test_adaround_begins_with_the_weight_itself():
+    """h is the fraction at first, so inside the range the soft weight is the weight."""
+    weight, _ = drawn()
+    wide = q.UniformQuantizer(8, torch.full((4, 1), 0.05), torch.full((4, 1), 128.0))
+    torch.testing.assert_close(AdaRound(weight, wide)(), weight, rtol=0, atol=1e-6)
+
+
+def test_adaround_ends_on_the_grid():
+    """Every element is at one of the two grid values around it, or at the end of the grid."""
+    weight, _ = drawn()
+    Q_W = grid(weight)
+    rounding = AdaRound(weight, Q_W)
+    with torch.no_grad():
+        rounding.alpha.copy_(wave(4, 12))
+    hard = rounding.hard()
+    torch.testing.assert_close(Q_W(hard), hard, rtol=0, atol=1e-6)
+    up = (wave(4, 12) >= 0).float()
+    levels = ((weight / Q_W.scale).floor() + up + Q_W.zero_point).clamp(0, 7)
+    torch.testing.assert_close(hard, (levels - Q_W.zero_point) * Q_W.scale)
+
+
+def test_regularizer_is_zero_at_both_ends_and_counts_the_undecided():
+    """1 - |2 h - 1|^beta: 0 where h is 0 or 1, 1 where it is a half."""
+    rounding = AdaRound(torch.tensor([[0.0, 0.5, 1.0]]), grid(torch.tensor([[0.0, 0.5, 1.0]])))
+    with torch.no_grad():
+        rounding.alpha.copy_(torch.tensor([[-9.0, 0.0, 9.0]]))
+    assert rounding.h().tolist() == [[0.0, 0.5, 1.0]]
+    assert rounding.regularizer(2.0) == rounding.regularizer(20.0) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Reconstruction
+
+
+class Root(nn.Module):
+    """A network whose only unit, "block_00", is one linear layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        block = nn.Module()
+        block.fc = layer
+        self.blocks = nn.ModuleList([block])
+
+
+def phase3_of(layer, x, groups=None):
+    """What `reconstruct` needs of a Phase3 at this layer."""
+    model = Root(layer)
+    groups = torch.zeros(len(x), dtype=torch.long) if groups is None else groups
+    return SimpleNamespace(
+        unit=Unit("block_00", [x], [], groups),
+        machine=SimpleNamespace(device=CPU, batch_size=4),
+        model=model,
+        function=lambda x, group=None: (call(model.blocks[0].fc, x, group),),
+    )
+
+
+def call(layer, x, group):
+    return layer(x) if isinstance(layer, nn.Linear) else layer(x, group)
+
+
+def linear_of(weight):
+    layer = nn.Linear(weight.shape[1], weight.shape[0]).requires_grad_(False)
+    layer.weight.copy_(weight), layer.bias.zero_()
+    return layer
+
+
+def test_losses_along_the_schedule_are_those_of_the_authors(monkeypatch):
+    """20 steps on all rows: warm-up, exponent 20 to 2, Adam; and what is rounded up in the end."""
+    weight, x = drawn()
+    layer, seen, real = linear_of(weight), [], r.penalty
+    soft = {"blocks.0.fc": r.SoftLinear(layer, weight, grid(weight), q.FullPrecision())}
+    (one,) = soft.values()
+
+    def penalty(roundings, step, recipe):
+        found = real(roundings, step, recipe)
+        error = r.output_loss([x @ one.rounding().T], [x @ weight.T], 2.0)
+        seen.append((error + found).item())
+        return found
+
+    monkeypatch.setattr(r, "penalty", penalty)
+    r.reconstruct(phase3_of(layer, x), soft, [x], r.Recipe(20, 10, weight_lr=0.1))
+    torch.testing.assert_close(seen, THEIRS["losses"], rtol=0, atol=1e-5)
+    up = one.rounding.alpha >= 0
+    assert up.flatten().tolist() == [c == "1" for c in THEIRS["up"]]
+    state = one.state()
+    torch.testing.assert_close(unpack_weight(state["weight"]), one.rounding.hard())
+
+
+def correlated():
+    """A layer (6, 16) on inputs (40, 3, 16) of rank 4, and its weight."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 3, 4) @ torch.randn(4, 16), torch.randn(6, 16)
+    return linear_of(weight), x, weight
+
+
+def error_of(layer, state, x, group=None):
+    return (call(make_layer(state), x, group) - layer(x)).square().mean().item()
+
+
+def test_adaround_lowers_the_output_error():
+    """Inputs of low rank leave freedom that rounding to nearest does not use."""
+    layer, x, weight = correlated()
+    whole = q.uniform_candidates(*weight.aminmax(dim=1, keepdim=True), 3)[0]
+    soft = {"blocks.0.fc": r.SoftLinear(layer, weight, whole, q.FullPrecision())}
+    before = error_of(layer, soft["blocks.0.fc"].state(), x)
+    phase3 = phase3_of(layer, x)
+    r.reconstruct(phase3, soft, [x], r.Recipe(300, 16, weight_lr=0.02))
+    assert error_of(layer, soft["blocks.0.fc"].state(), x) < 0.6 * before
+    assert phase3.model.blocks[0].fc is layer  # the network is as it was
+
+
+def test_scales_of_inputs_learn_for_each_time_group_on_their_own():
+    """Both groups begin four times too wide; only the group whose rows are seen changes."""
+    layer, x, weight = correlated()
+    group = torch.zeros(40, dtype=torch.long)
+    wide = 4 * (x.max() - x.min()) / 15
+    Q_X = q.UniformQuantizer(4, wide.repeat(2), torch.full((2,), 8.0))
+    fine = q.uniform_candidates(*weight.aminmax(dim=1, keepdim=True), 8)[0]
+    soft = {"blocks.0.fc": r.SoftLinear(layer, weight, fine, Q_X)}
+    before = error_of(layer, soft["blocks.0.fc"].state(), x, group)
+    recipe = r.Recipe(200, 16, scale_lr=0.05, power=2.4)
+    r.reconstruct(phase3_of(layer, x, group), soft, [x], recipe)
+    state = soft["blocks.0.fc"].state()
+    assert error_of(layer, state, x, group) < 0.3 * before
+    assert state["act"]["scale"][0] < 0.5 * wide and state["act"]["scale"][1] == wide
+    expected = soft["blocks.0.fc"].rounded  # no rounding learned: to nearest
+    torch.testing.assert_close(expected, fine(weight))
+
+
+@pytest.mark.parametrize("power, expected", [(2.0, 1 + 4), (1.0, 1 + 2)])
+def test_output_loss_sums_the_second_axis_and_averages_the_others(power, expected):
+    """Errors 1 and 2 of two tokens, of every sample and channel."""
+    wanted = torch.zeros(3, 2, 5)
+    found = wanted + torch.tensor([1.0, -2.0])[None, :, None]
+    assert r.output_loss([found], [wanted], power) == expected
+
+
+def test_layers_of_the_quantized_prefix_keep_activations_in_full_precision():
+    """Phase W: the weight of the state, inputs and products as they are."""
+    layer, x, weight = correlated()
+    coarse = q.UniformQuantizer(2, torch.tensor(1.0), torch.tensor(1.0))
+    state = r.SoftLinear(layer, weight, grid(weight), coarse).state()
+    torch.testing.assert_close(r.weights_only(state)(x), x @ grid(weight)(weight).T)
+    product = r.weights_only(r.SoftMatMul(coarse, coarse).state())
+    assert torch.equal(product(x, x.mT), x @ x.mT)
