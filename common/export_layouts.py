@@ -5,7 +5,8 @@ import torch
 from common import diffusers_file as form
 from common.cli import InputError
 from common.diffusers_names import cut, diffusers_config, layer_names, to_diffusers
-from common.quant_file import unpack_codes, unpack_weight
+from common.packing import unpack_codes
+from common.quant_file import unpack_weight
 
 FILE = {
     "kind", "format", "torch", "device", "git", "settings", "inputs", "method", "config", "state",

@@ -7,13 +7,19 @@ group of every timestep. It alone is enough to sample.
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 import quant_ops as q
 from common.artifacts import load_artifact
 from common.cli import InputError
-from common.quantizers import AdaptiveQuantizer, DynamicQuantizer, GroupBiasLinear, ScaledInput
+from common.packing import pack_codes, unpack_codes
+from common.quantizers import (
+    AdaptiveQuantizer,
+    DynamicQuantizer,
+    GroupBiasLinear,
+    RegroupedLinear,
+    ScaledInput,
+)  # fmt: skip
 from models_dit import TRAIN_TIMESTEPS, Diffusion, DiT
 
 QUANTIZERS = {
@@ -25,30 +31,6 @@ QUANTIZERS = {
     "adaptive": AdaptiveQuantizer,
 }
 LINEAR = {"linear": q.QuantLinear, "conv": q.QuantConv2d}
-
-# ------------------------------------------------------------------------------------------------
-# Bit packing
-
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Integer codes 0..2^k - 1 of any shape -> uint8 bytes, k bits each, low bit first."""
-    shifts = torch.arange(bits, device=codes.device, dtype=torch.uint8)
-    stream = (codes.to(torch.uint8).flatten()[:, None] >> shifts) & 1
-    stream = F.pad(stream.flatten(), (0, -stream.numel() % 8)).view(-1, 8)
-    weights = 2 ** torch.arange(8, device=codes.device)
-    return (stream * weights).sum(dim=1).to(torch.uint8)
-
-
-def unpack_codes(packed: Tensor, bits: int, shape) -> Tensor:
-    """Inverse of `pack_codes`: uint8 codes of the given shape. ValueError if too short or long."""
-    count = torch.Size(shape).numel()
-    if packed.numel() != (count * bits + 7) // 8:
-        raise ValueError(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits")
-    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    stream = ((packed[:, None] >> shifts) & 1).flatten()[: count * bits].view(count, bits)
-    weights = 2 ** torch.arange(bits, device=packed.device)
-    return (stream * weights).sum(dim=1).to(torch.uint8).view(shape)
-
 
 # ------------------------------------------------------------------------------------------------
 # States of layers
@@ -101,7 +83,8 @@ def linear_state(layer: nn.Module, weight: Tensor, Q_W, Q_X, smooth=None, view=N
 
     Beyond the paper: `smooth` (I,), what inputs are divided by; `view`, see `pack_weight`; `shift`
     (I,) or (G, I), what is taken off inputs first; `bias`, (O,) or (G, O), in place of the layer's;
-    `low_rank`, dict(left (O, r), right (r, I)), whose product is added to the quantized weight.
+    `low_rank`, dict(left (O, r), right (r, I)), whose product is added to the quantized weight;
+    `regroup` (T,), groups of the layer's own, where the file's `group_table` has the T timesteps.
     """
     kind = "conv" if isinstance(layer, nn.Conv2d) else "linear"
     packed = pack_weight(weight.view(layer.weight.shape), Q_W, view)
@@ -129,6 +112,8 @@ def make_layer(state: dict) -> nn.Module:
         act = ScaledInput(act, state.get("smooth"), state.get("shift"))
     if "low_rank" in state:
         weight = weight + state["low_rank"]["left"] @ state["low_rank"]["right"]
+    if "regroup" in state:
+        return RegroupedLinear(weight, state["bias"], act, state["regroup"])
     make = GroupBiasLinear if state["bias"].ndim > 1 else LINEAR[state["type"]]
     return make(weight, state["bias"], act)
 
@@ -154,21 +139,32 @@ def group_table(timestep_map: Tensor, num_groups: int) -> Tensor:
     return q.time_group(visited.clamp(0, T - 1), T, num_groups)  # Eq. (9)
 
 
+def table_at(artifact: dict, num_timesteps: int) -> Tensor:
+    """The (1000,) table of a quant file for sampling at another T: the fraction t / T decides (D4);
+    one that tells layers the timestep itself stays."""
+    groups = artifact["settings"]["sampling"]["groups"]
+    if int(artifact["group_table"].max()) >= groups:
+        return artifact["group_table"]
+    return group_table(Diffusion(num_timesteps).timestep_map, groups)
+
+
 def load_quant(path) -> dict:
     """A quant file, of any method."""
     return load_artifact(path, "quant", "03_quantize.py")
 
 
-def build_quantized(artifact: dict, source, make=make_layer) -> nn.Module:
+def build_quantized(artifact: dict, source, make=make_layer, keep=True) -> nn.Module:
     """The quantized DiT of a quant file, its layers made by `make(state)`. InputError if its parts
-    do not make up the whole model."""
+    do not make up the whole model. Without `keep` every state leaves the artifact's `layers` once
+    it is used, so that no two forms of all weights are held."""
     try:
         with torch.device("meta"):
             model = DiT(**artifact["config"])
         model.group_table = artifact["group_table"]
         _, unexpected = model.load_state_dict(artifact["state"], strict=False, assign=True)
-        for name, state in artifact["layers"].items():
-            swap_layer(model, name, make(state))
+        layers = artifact["layers"]
+        for name in [*layers]:
+            swap_layer(model, name, make(layers[name] if keep else layers.pop(name)))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{source} is damaged: {reason}; run 03 again") from error

@@ -14,8 +14,9 @@ from quant_ops import Quantizer, QuantLinear, fake_quant, qparams_from_range
 
 class DynamicQuantizer(nn.Module):
     """Eq. (5) with min-max scales taken from the inputs as they come, one for each `per`: a
-    "sample" (all its tokens and channels) or a "token"; with a group size, one for each group of so
-    many neighbouring channels of it. Zero is in every range."""
+    "sample" (all its tokens and channels), a "token", or a "column" where an operand of a product
+    has tokens there; with a group size, one for each group of so many neighbouring channels of it.
+    Zero is in every range."""
 
     names = ("per", "group_size")
 
@@ -27,7 +28,7 @@ class DynamicQuantizer(nn.Module):
         """x (N, ..., I), of samples, or (R, I), of tokens, on its grids."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         parts = x.unflatten(-1, (-1, self.group_size or x.shape[-1]))  # (..., I / g, g)
-        within = [-1] if self.per == "token" else [*range(1, x.ndim - 1), -1]
+        within = dict(sample=[*range(1, x.ndim - 1), -1], token=[-1], column=[-3])[self.per]
         low, high = parts.amin(within, keepdim=True), parts.amax(within, keepdim=True)
         return fake_quant(parts, *qparams_from_range(low, high, self.bits), self.bits).flatten(-2)
 
@@ -75,3 +76,14 @@ class GroupBiasLinear(QuantLinear):
     def forward(self, x, group=None):
         bias = self.bias[group].view(len(x), *[1] * (x.ndim - 2), -1)
         return F.linear(self.act(x, group), self.weight) + bias
+
+
+class RegroupedLinear(GroupBiasLinear):
+    """The same with groups of this layer's own: `regroup` (T,) says which, for each timestep."""
+
+    def __init__(self, weight, bias, act, regroup):
+        super().__init__(weight, bias, act)
+        self.register_buffer("regroup", regroup)
+
+    def forward(self, x, group=None):
+        return super().forward(x, self.regroup[group])

@@ -11,7 +11,7 @@ import quant_ops as q
 from common import fast_search, offload
 from common.artifacts import load_artifact
 from common.fast_search import FastSearch
-from common.quant_file import pack_codes, unpack_codes
+from common.packing import pack_codes, unpack_codes
 from engine import int_products as p
 
 PLUS = load_script("methods/tqdit_plus")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import quant_ops as q
+from common import packing
 from common import quant_file as f
 
 BITS = range(2, 9)
@@ -17,15 +18,15 @@ def test_pack_codes_round_trip(bits, count):
     """Codes of every width come back, in ceil(count * k / 8) bytes."""
     codes = torch.randint(0, 2**bits, (count,))
     codes[0] = 2**bits - 1
-    packed = f.pack_codes(codes, bits)
+    packed = packing.pack_codes(codes, bits)
     assert packed.dtype == torch.uint8 and packed.numel() == math.ceil(count * bits / 8)
-    assert torch.equal(f.unpack_codes(packed, bits, (count,)).long(), codes)
+    assert torch.equal(packing.unpack_codes(packed, bits, (count,)).long(), codes)
 
 
 def test_unpack_codes_refuses_a_wrong_length():
     """A cut-off stream raises instead of giving wrong weights."""
     with pytest.raises(ValueError, match="cannot hold"):
-        f.unpack_codes(torch.zeros(3, dtype=torch.uint8), 6, (5,))
+        packing.unpack_codes(torch.zeros(3, dtype=torch.uint8), 6, (5,))
 
 
 def per_channel(weight, bits):
