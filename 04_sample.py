@@ -24,9 +24,10 @@ from common.cli import (
 from common.distributed import join_process_group
 from common.images import samples_up_to_date, save_samples, to_uint8
 from common.int8_engine import build
-from common.quant_file import group_table, load_quant
+from common.noise_correction import make_diffusion
+from common.quant_file import load_quant, table_at
 from common.vae import load_vae, local_vae
-from models_dit import TRAIN_TIMESTEPS, Diffusion, image_generators, trajectory
+from models_dit import TRAIN_TIMESTEPS, image_generators, trajectory
 
 SAMPLING = ("steps", "cfg_scale", "cfg_channels", "vae")  # decided in 01
 OWN = ("num_images", "first", "seed", "dtype", "classes", "engine")  # decided here
@@ -46,7 +47,7 @@ def parse_args():
     p.ours.add_argument("--steps", type=whole_number, help="T, if other than calibrated (D4)")
     p.ours.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products")
     p.ours.add_argument(
-        "--engine", choices=("float", "int8"), default="float", help="of the layers"
+        "--engine", choices=("float", "int8", "int8-folded"), default="float", help="of the layers"
     )
     p.ours.add_argument("--vae-path", help="the VAE's file or folder; without it, downloaded")
     p.machine.add_argument("--batch-size", type=whole_number, default=64, help="images at a time")
@@ -81,10 +82,10 @@ def full_precision(run):
 def quantized(path, num_timesteps, engine, device):
     """The model of a quant file, how it is to be sampled, what it came from, its bytes."""
     artifact = load_quant(path)
-    model, sampling = build(artifact, path, engine, device), artifact["settings"]["sampling"]
+    model = build(artifact, path, engine, device)
+    sampling = artifact["settings"]["sampling"] | dict(noise=artifact.get("noise"))
     if num_timesteps:
-        timestep_map = Diffusion(num_timesteps).timestep_map
-        model.group_table = group_table(timestep_map, sampling["groups"])
+        model.group_table = table_at(artifact, num_timesteps)
     return model, sampling, artifact["inputs"] | {"quant": sha256_of(path)}, os.path.getsize(path)
 
 
@@ -123,7 +124,8 @@ def main(args):
     vae = None
     if settings["vae"] != "none":
         vae = load_vae(settings["vae"], args.vae_path).to(device)
-    model, diffusion = model.to(device), Diffusion(settings["steps"], device)
+    diffusion = make_diffusion(sampling.get("noise"), settings["steps"], device)  # PTQD's, or plain
+    model = model.to(device)
     if args.compile:
         model.compile()
     batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size), strict=True))
