@@ -17,11 +17,10 @@ from tqdm import tqdm
 from common.artifacts import Parts, is_up_to_date, provenance, save_artifact, sha256_of
 from common.checkpoints import check_model, find_checkpoint, load_dit
 from common.cli import InputError, Parser, at_least_one, run_script, whole_number
+from common.trajectories import STREAM, draw_labels
 from models_dit import TRAIN_TIMESTEPS, Diffusion, DiT_models, image_generators, trajectory
 from quant_ops import time_group
 
-STREAM = 1  # of random numbers; the images of 04_sample.py come from stream 0
-HELD_OUT = 16  # trajectories that only validation rows come from
 HELD_OUT_PER_GROUP = 8  # validation rows of each time group
 SETTINGS = (
     "steps", "groups", "per_group", "trajectories", "cfg_scale", "cfg_channels", "seed", "vae",
@@ -58,12 +57,6 @@ def check(args):
         raise InputError(f"--trajectories {args.trajectories}: at most a million")
     if args.seed < 0 or args.cfg_channels < 1 or not math.isfinite(args.cfg_scale):
         raise InputError("--seed >= 0, --cfg-channels >= 1 and a finite --cfg-scale are needed")
-
-
-def draw_labels(rng, count, num_classes):
-    """(count,) labels, all classes equally often (but for the remainder)."""
-    rounds = [rng.permutation(num_classes) for _ in range(-(-count // num_classes))]
-    return torch.from_numpy(np.concatenate(rounds)[:count])
 
 
 def draw_tuples(rng, T, G, n, trajectories, labels, null_label=None):
@@ -128,11 +121,9 @@ def main(args):  # Alg. 1 line 3
     parts = Parts(path, head, args.batch_size)
     if is_up_to_date(path, head, args.force):
         return parts.clear()  # a run killed after its last write left them
-    rng = np.random.default_rng([args.seed, STREAM])
-    count = args.trajectories + HELD_OUT
-    labels = draw_labels(rng, count, config["num_classes"])
+    labels, rng = draw_labels(settings, config["num_classes"])
     null = config["num_classes"] if args.cfg_scale != 1 else None
-    used, spare = np.arange(args.trajectories), np.arange(args.trajectories, count)
+    used, spare = np.split(np.arange(len(labels)), [args.trajectories])
     kept = draw_tuples(rng, args.steps, args.groups, args.per_group, used, labels, null)
     held = draw_tuples(rng, args.steps, args.groups, HELD_OUT_PER_GROUP, spare, labels, null)
     rows = {key: torch.cat([kept[key], held[key]]) for key in kept}

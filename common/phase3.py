@@ -121,6 +121,12 @@ class Phase3:
             tqdm.write(f"{layer.name}: {data.note}")
         return data
 
+    def start_over(self, round_number):
+        """Go through all units once more, for a method of several rounds; each keeps parts of its
+        own, and its `quantized_inputs` are its own units'."""
+        self.parts = artifacts.Parts(self.path, self.head, round_number)
+        self.quantized = None
+
     def save(self, unit, done):
         """Keep a unit's layers: name -> dict(state, cost)."""
         self.parts.save(unit, done)
