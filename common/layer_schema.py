@@ -113,6 +113,18 @@ class Tabled(NamedTuple):
         TensorOf(FLOAT, f"groups {self.size}" if table else self.size)(value, name, sizes)
 
 
+class Block(NamedTuple):
+    """The size of a Hadamard matrix that goes into so many channels."""
+
+    channels: str
+
+    def __call__(self, value, name, sizes):
+        count = product(self.channels, sizes)
+        Int(1, count)(value, name, sizes)
+        fits = value & (value - 1) == 0 and count % value == 0
+        need(fits, f"{name} is {value}: no power of two that divides {count} channels")
+
+
 class Local(NamedTuple):
     """A spec whose own sizes, such as a rank, are no other layer's. A layer that has `regroup` has
     so many groups as that tells."""
@@ -146,6 +158,7 @@ def layer(name, about):
         bias=Tabled(outputs, not about.conditioning),
         smooth=Optional(TensorOf(FLOAT, *inputs, above=0)),
         shift=Optional(Tabled(*inputs, not about.conditioning)),
+        hadamard=Optional(Block(*inputs)),
         low_rank=Optional(Local(low_rank)),
     )
     if about.conditioning:

@@ -52,14 +52,31 @@ class AdaptiveQuantizer(Quantizer):
     names, on_grid = ("scale", "log2"), staticmethod(uniform_or_log2)
 
 
+def hadamard_matrix(size: int) -> Tensor:
+    """(size, size), orthogonal and symmetric, of entries of one magnitude (Sylvester); `size` is a
+    power of two."""
+    H = torch.ones(1, 1)
+    while len(H) < size:
+        H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
+    return H / size**0.5
+
+
+def rotate(x: Tensor, H: Tensor) -> Tensor:
+    """x (..., I), each block of neighbouring channels times H: outlier channels are spread over
+    their block (QuaRot, arXiv 2404.00456). A product x W^T stays as it is if W is rotated too."""
+    return (x.to(H.dtype).unflatten(-1, (-1, len(H))) @ H).flatten(-2)
+
+
 class ScaledInput(nn.Module):
     """Inputs less a shift, (I,) or one for each time group (G, I), over factors (I,), which the
-    weight was multiplied by; then quantized."""
+    weight was multiplied by; then rotated as the weight was, by a Hadamard matrix of this size;
+    then quantized."""
 
-    def __init__(self, act, factors=None, shift=None):
+    def __init__(self, act, factors=None, shift=None, hadamard=None):
         super().__init__()
         self.register_buffer("factors", factors)
         self.register_buffer("shift", shift)
+        self.register_buffer("H", None if hadamard is None else hadamard_matrix(hadamard))
         self.act = act
 
     def forward(self, x, group=None):
@@ -67,7 +84,8 @@ class ScaledInput(nn.Module):
             by_group = self.shift.ndim > 1 and group is not None
             shift = self.shift[group] if by_group else self.shift
             x = x - (shift.view(len(x), *[1] * (x.ndim - 2), -1) if by_group else shift)
-        return self.act(x if self.factors is None else x / self.factors, group)
+        x = x if self.factors is None else x / self.factors
+        return self.act(x if self.H is None else rotate(x, self.H), group)
 
 
 class GroupBiasLinear(QuantLinear):

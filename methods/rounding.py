@@ -1,9 +1,28 @@
-"""Rounding a weight with regard to the layer's inputs, on a grid that is already chosen."""
+"""Rounding a weight with regard to the layer's inputs."""
 
 import torch
 from torch import Tensor
 
-from quant_ops import fake_quant
+from quant_ops import UniformQuantizer, fake_quant, qparams_from_range, scale_grid
+
+
+def gram(data, Q_X):
+    """Sum of x x^T over the quantized inputs x, weighted by the mean squared gradient, (I, I)."""
+    total = 0
+    for chunk in data:
+        x = Q_X(chunk.x, chunk.group)
+        total = total + ((x * chunk.grad.square().mean(dim=1, keepdim=True)).T @ x).double()
+    return total
+
+
+def rounded_to(Q_W: UniformQuantizer, weight: Tensor, view=None, gram: Tensor | None = None):
+    """A weight (O, I) on the grid of its quantizer, whose scales are for this view of it if given:
+    to nearest, or with a Gram matrix by `gptq`."""
+    view = view or weight.shape
+    if gram is None:
+        return Q_W(weight.view(view)).view(weight.shape)
+    grid = (x.expand(view).reshape(weight.shape) for x in (Q_W.scale, Q_W.zero_point))
+    return gptq(weight, *grid, Q_W.bits, gram)
 
 
 def gptq(
@@ -12,29 +31,104 @@ def gptq(
     """The weight (O, I) rounded column by column, each column's error made up for by the columns
     still to come (GPTQ, arXiv 2210.17323, Alg. 1, in the order of falling input energy).
 
-    `scale` and `zero_point` are () or (O, 1); `gram` (I, I) is the weighted sum of x x^T over the
-    layer's inputs x, and `damp` is added to its diagonal, as a share of the mean. Returns grid
-    values.
+    `scale` and `zero_point` are (), (O, 1) or (O, I); `gram` (I, I) is the weighted sum of x x^T
+    over the layer's inputs x, and `damp` is added to its diagonal, as a share of the mean. Returns
+    grid values.
     """
     order = gram.diagonal().argsort(descending=True)
-    upper = gram[order[:, None], order].double()
-    del gram  # frees as much memory as each of the following matrices takes
-    upper /= upper.diagonal().mean().clamp(min=1e-30)
-    upper.diagonal().add_(damp)
-    upper = torch.cholesky_inverse(torch.linalg.cholesky(upper))
-    upper = torch.linalg.cholesky(upper, upper=True)
+    gram = gram[order[:, None], order].double()
+    upper = inverse_factor(gram, damp)
     left, rounded = weight[:, order].double(), torch.empty_like(weight)
+    scale, zero_point = (x.expand_as(weight)[:, :, None] for x in (scale, zero_point))
     for j, column in enumerate(order.tolist()):
-        rounded[:, column] = fake_quant(left[:, j : j + 1].float(), scale, zero_point, bits)[:, 0]
+        grid = scale[:, column], zero_point[:, column], bits
+        rounded[:, column] = fake_quant(left[:, j : j + 1].float(), *grid)[:, 0]
         error = (left[:, j] - rounded[:, column]) / upper[j, j]
         left[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
     return rounded
+
+
+def inverse_factor(gram: Tensor, damp: float) -> Tensor:
+    """The upper triangular U with U^T U = H^-1; H is `gram`, in float64 and changed by this, over
+    the mean of its diagonal, to which `damp` is added."""
+    gram /= gram.diagonal().mean().clamp(min=1e-30)
+    gram.diagonal().add_(damp)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def gptq_groups(weight: Tensor, group_size: int, bits: int, gram: Tensor, damp: float = 0.01):
+    """The weight (O, I) rounded as by `gptq`, in groups of so many neighbouring columns, which are
+    in their own order: the min-max grid of each group is that of its columns as the errors of all
+    before it have left them. Columns without input are 0.
+
+    Returns grid values (O, I), and the quantizer with scales (O, I / g, 1).
+    """
+    left, rounded, grids = weight.double(), torch.empty_like(weight), []
+    left[:, gram.diagonal() == 0] = 0
+    upper = inverse_factor(gram.to(torch.float64, copy=True), damp)
+    for start in range(0, weight.shape[1], group_size):
+        end = start + group_size
+        own, errors = left[:, start:end], torch.empty_like(left[:, start:end])
+        grids.append(qparams_from_range(*own.float().aminmax(dim=1, keepdim=True), bits))
+        for j in range(group_size):
+            column, row = own[:, j : j + 1], upper[start + j, start + j : end]
+            found = fake_quant(column.float(), *grids[-1], bits)
+            rounded[:, start + j] = found[:, 0]
+            errors[:, j : j + 1] = (column - found) / row[0]
+            own[:, j + 1 :] -= errors[:, j : j + 1] * row[1:]
+        left[:, end:] -= errors @ upper[start:end, end:]
+    scale, zero_point = (torch.stack(values, dim=1) for values in zip(*grids, strict=True))
+    return rounded, UniformQuantizer(bits, scale, zero_point)
+
+
+def divisor(size: int, channels: int) -> int:
+    """A group size that divides the channels; else all of them are one group."""
+    return size if channels % size == 0 else channels
+
+
+def group_grid(weight: Tensor, group_size: int, bits: int, importance: Tensor) -> UniformQuantizer:
+    """A scale for each group of so many neighbouring columns of a weight (O, I), (O, I / g, 1): of
+    shrunk min-max grids the one of least squared error, columns weighted by `importance` (I,).
+
+    With the diagonal of the Gram matrix this is the output's error if columns err on their own.
+    """
+    parts = weight.unflatten(1, (-1, group_size))
+    importance = importance.to(weight).view(1, -1, group_size)
+    scale, zero_point = qparams_from_range(*parts.aminmax(dim=2, keepdim=True), bits)
+    grid = scale_grid(20, 0.5, 1.05).to(scale)
+    errors = torch.stack([
+        (importance * (fake_quant(parts, a * scale, zero_point, bits) - parts).square_()).sum(2)
+        for a in grid
+    ])  # fmt: skip
+    return UniformQuantizer(bits, grid[errors.argmin(dim=0)][..., None] * scale, zero_point)
+
+
+def low_rank_part(error: Tensor, gram: Tensor, rank: int, damp: float = 0.01) -> dict:
+    """dict(left (O, r), right (r, I)): the product of this rank that comes nearest to a weight's
+    rounding error (O, I) as the outputs see it, over inputs of this Gram matrix (QERA, arXiv
+    2410.06040, Theorem 2; SVDQuant, arXiv 2411.05007, splits the weight itself instead).
+
+    tr(E H E^T) = |E C|^2 with H = C C^T, so it is the largest part of the SVD of E C, over C.
+    """
+    gram = gram.to(torch.float64, copy=True)
+    gram /= gram.diagonal().mean().clamp(min=1e-30)
+    gram.diagonal().add_(damp)
+    C = torch.linalg.cholesky(gram)
+    U, S, Vh = torch.linalg.svd(error.double() @ C, full_matrices=False)
+    right = torch.linalg.solve_triangular(C, Vh[:rank], upper=False, left=False)
+    return dict(left=(U[:, :rank] * S[:rank]).to(error), right=right.to(error))
 
 
 # ------------------------------------------------------------------------------------------------
 # AdaRound (arXiv 2004.10568)
 
 ZETA, GAMMA = 1.1, -0.1  # ends of the stretched sigmoid, Eq. (23)
+
+
+def alpha_at(h: Tensor) -> Tensor:
+    """Eq. (23) solved for alpha."""
+    return -((ZETA - GAMMA) / (h - GAMMA) - 1).log()
 
 
 class AdaRound(torch.nn.Module):
@@ -44,8 +138,7 @@ class AdaRound(torch.nn.Module):
         super().__init__()
         self.Q_W, x = Q_W, weight / Q_W.scale
         self.register_buffer("floor", x.floor())
-        share = (ZETA - GAMMA) / (x - self.floor - GAMMA) - 1
-        self.alpha = torch.nn.Parameter(-share.log())  # so that h is the fraction: as it was
+        self.alpha = torch.nn.Parameter(alpha_at(x - self.floor))  # h is the fraction: as it was
 
     def h(self) -> Tensor:
         """How far up each element is rounded, 0..1."""
@@ -65,6 +158,13 @@ class AdaRound(torch.nn.Module):
     def hard(self) -> Tensor:
         """The weight in the end, every element rounded down or up."""
         return self.on_grid((self.alpha >= 0).to(self.floor))
+
+    @torch.no_grad()
+    def go_on_from(self, rounded: Tensor) -> None:
+        """Begin half way from the weight as it was to how it was rounded (O, I): so it stays
+        unless it learns otherwise, and is free to."""
+        up = (rounded / self.Q_W.scale - self.floor).round().clamp(0, 1)
+        self.alpha.copy_(alpha_at((self.h() + up) / 2))
 
     def regularizer(self, beta: float) -> Tensor:
         """Sum of 1 - |2 h - 1|^beta, which draws h to 0 or 1.  # Eq. (24)"""
