@@ -47,7 +47,7 @@ class LayerData:
     num_groups: int
     group: int | None = None  # where all rows are of one time group
     bias: torch.Tensor | None = None
-    smooth: torch.Tensor | None = None  # (I,), what x is divided by
+    change: object = None  # a function that x goes through first
     weighted: bool = True
     note: str = ""  # where D2's fallback fired
 
@@ -57,8 +57,8 @@ class LayerData:
                 chunk = chunk._replace(grad=torch.ones_like(chunk.grad))
             if self.bias is not None:
                 chunk = chunk._replace(out=chunk.out - self.bias)
-            if self.smooth is not None:
-                chunk = chunk._replace(x=chunk.x / self.smooth)
+            if self.change is not None:
+                chunk = chunk._replace(x=self.change(chunk.x))
             yield chunk
 
     def unweighted(self):
@@ -67,7 +67,7 @@ class LayerData:
 
     def smoothed(self, factors):
         """The same with x divided by these factors (I,)."""
-        return replace(self, smooth=factors)
+        return replace(self, change=lambda x: x / factors)
 
     def of_group(self, i):
         """The rows of time group i alone."""
@@ -79,7 +79,7 @@ class LayerData:
     def ends(self, name):
         """Least and greatest value of every row of x, a or b, (2, R), on the host."""
         tensors = (getattr(chunk, name).to(self.device) for chunk in self.chunks)
-        tensors = tensors if self.smooth is None else (x / self.smooth for x in tensors)
+        tensors = tensors if self.change is None else map(self.change, tensors)
         return torch.cat([torch.stack(x.flatten(1).aminmax(dim=1)).cpu() for x in tensors], dim=1)
 
     def range(self, name):

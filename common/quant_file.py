@@ -12,6 +12,7 @@ from torch import Tensor
 import quant_ops as q
 from common.artifacts import load_artifact
 from common.cli import InputError
+from common.offload import give_back_memory
 from common.packing import pack_codes, unpack_codes
 from common.quantizers import (
     AdaptiveQuantizer,
@@ -82,7 +83,8 @@ def linear_state(layer: nn.Module, weight: Tensor, Q_W, Q_X, smooth=None, view=N
     """The state of a convolution or linear layer, of this weight in place of its own.
 
     Beyond the paper: `smooth` (I,), what inputs are divided by; `view`, see `pack_weight`; `shift`
-    (I,) or (G, I), what is taken off inputs first; `bias`, (O,) or (G, O), in place of the layer's;
+    (I,) or (G, I), what is taken off inputs first; `hadamard`, the size of the blocks of channels
+    that inputs and weight are rotated in; `bias`, (O,) or (G, O), in place of the layer's;
     `low_rank`, dict(left (O, r), right (r, I)), whose product is added to the quantized weight;
     `regroup` (T,), groups of the layer's own, where the file's `group_table` has the T timesteps.
     """
@@ -94,8 +96,10 @@ def linear_state(layer: nn.Module, weight: Tensor, Q_W, Q_X, smooth=None, view=N
 
 
 def on_host(value):
-    """A tensor, or a dict of tensors, on the host."""
-    return {k: x.cpu() for k, x in value.items()} if isinstance(value, dict) else value.cpu()
+    """A tensor, or a dict of tensors, on the host; a number as it is."""
+    if isinstance(value, dict):
+        return {k: x.cpu() for k, x in value.items()}
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def matmul_state(Q_A, Q_B) -> dict:
@@ -108,8 +112,9 @@ def make_layer(state: dict) -> nn.Module:
     if state["type"] == "matmul":
         return q.QuantMatMul(make_quantizer(state["a"]), make_quantizer(state["b"]))
     act, weight = make_quantizer(state["act"]), unpack_weight(state["weight"])
-    if "smooth" in state or "shift" in state:
-        act = ScaledInput(act, state.get("smooth"), state.get("shift"))
+    before = [state.get(key) for key in ("smooth", "shift", "hadamard")]
+    if any(value is not None for value in before):
+        act = ScaledInput(act, *before)
     if "low_rank" in state:
         weight = weight + state["low_rank"]["left"] @ state["low_rank"]["right"]
     if "regroup" in state:
@@ -165,6 +170,8 @@ def build_quantized(artifact: dict, source, make=make_layer, keep=True) -> nn.Mo
         layers = artifact["layers"]
         for name in [*layers]:
             swap_layer(model, name, make(layers[name] if keep else layers.pop(name)))
+            if not keep:
+                give_back_memory()
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{source} is damaged: {reason}; run 03 again") from error

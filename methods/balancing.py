@@ -1,7 +1,13 @@
 """Evening out channels: what is divided out of a layer's inputs is multiplied into its weight."""
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from common.quantizers import ScaledInput, hadamard_matrix, rotate
+from quant_ops import FullPrecision
 
 
 def smoothquant_factors(x_max: Tensor, weight: Tensor, strength: float) -> Tensor:
@@ -13,6 +19,29 @@ def smoothquant_factors(x_max: Tensor, weight: Tensor, strength: float) -> Tenso
     """
     w_max = weight.abs().amax(dim=0).clamp(min=1e-5)
     return x_max.clamp(min=1e-5) ** strength / w_max ** (1 - strength)
+
+
+class Way(NamedTuple):
+    """What is done to a layer's input channels before all else."""
+
+    strength: float | None  # of SmoothQuant
+    block: int | None  # size of the Hadamard matrix
+
+
+def transformed(weight, data, way):
+    """A weight (O, I) and its layer's data once the input channels went this way, and their
+    `smooth` and `hadamard` for the quant file."""
+    smooth = None
+    if way == Way(None, None):
+        return weight, data, {}
+    if way.strength is not None:
+        x_max = torch.stack([chunk.x.abs().amax(dim=0) for chunk in data]).amax(dim=0)
+        smooth = smoothquant_factors(x_max, weight, way.strength)
+        weight = weight * smooth
+    if way.block is not None:
+        weight = rotate(weight, hadamard_matrix(way.block).to(weight))
+    change = ScaledInput(FullPrecision(), smooth, hadamard=way.block).to(weight.device)
+    return weight, replace(data, change=change), dict(smooth=smooth, hadamard=way.block)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ Then rounding and scales of activations learn together, unit by unit (BRECQ).
     eta_t, code: of 100 samples, not of timesteps   of timesteps, as printed
     folding: not in the code, which divides         qkv and fc1 into adaLN; proj divides its inputs,
                                                     as the paper's dequantization of softmax(q k) v
-    ranges "mse": the best of three percentiles     the same (methods/ranges.py)
+    ranges "mse": the best of three percentiles     the same, of inputs in full precision
+    embedders' three layers: each learns alone      they learn together, as one unit
 
     python methods/ptq4dit.py --run runs/xl --wbits 4 --abits 8
     python 04_sample.py       --run runs/xl --wbits 4 --abits 8 --tag ptq4dit
@@ -38,13 +39,13 @@ from methods.balancing import (  # noqa: E402
 )  # fmt: skip
 from methods.ranges import values_by_percentile, weight_by_percentile  # noqa: E402
 from methods.reconstruction import (  # noqa: E402
-    Recipe, SoftLinear, SoftMatMul, hard, reconstruct,
+    Recipe, SoftLinear, SoftMatMul, check_rate, hard, reconstruct,
 )  # fmt: skip
 from models_dit import MatMul  # noqa: E402
 from quant_ops import FullPrecision  # noqa: E402
 
 BALANCED = "attn.qkv", "attn.proj", "mlp.fc1"
-WEIGHT_LR, SCALE_LR = 1e-3, 4e-5
+SCALE_LR = 4e-5
 
 
 class Settings(NamedTuple):
@@ -57,6 +58,7 @@ class Settings(NamedTuple):
     ssc: bool
     iterations: int
     batch: int
+    weight_lr: float
     layers: str
     rows: int | None
     tag: str
@@ -72,6 +74,8 @@ def parse_args():
     what = "of reconstruction, a unit; 0: none"
     p.paper.add_argument("--iterations", type=whole_number, default=20000, help=what)
     p.paper.add_argument("--batch", type=whole_number, default=32, help="rows of an iteration")
+    rate = "Adam's for rounding; fewer iterations want more"
+    p.paper.add_argument("--weight-lr", type=float, default=1e-3, help=rate)
     layers = "own: all that multiply; released: those of 03_quantize.py (D6)"
     p.ours.add_argument("--layers", choices=("own", "released"), default="own", help=layers)
     p.ours.add_argument("--rows", type=whole_number, help="calibrate on so many, spread over t")
@@ -84,6 +88,7 @@ def check(args):
     check_bits(args, "wbits", "abits", "softmax_bits")
     check_tag(args)
     at_least_one(args, "rows", "batch", *(["iterations"] if args.iterations else []))
+    check_rate(args)
     check_unit_flags(args)
 
 
@@ -123,7 +128,7 @@ def quantize_unit(phase3, unit, t, cfg):
     """Balance and reconstruct a unit: name -> dict(state, cost)."""
     layers = list(phase3.layers(unit, conditioning=cfg.layers == "own"))
     soft = {layer.name: start(layer, phase3.data(layer), t, cfg) for layer in layers}
-    recipe = Recipe(cfg.iterations, cfg.batch, weight_lr=WEIGHT_LR, scale_lr=SCALE_LR)
+    recipe = Recipe(cfg.iterations, cfg.batch, weight_lr=cfg.weight_lr, scale_lr=SCALE_LR)
     if cfg.iterations:
         reconstruct(phase3, soft, phase3.quantized_inputs(), recipe)
     costs = {layer.name: cost_of(soft[layer.name], phase3.data(layer)) for layer in layers}

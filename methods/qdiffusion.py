@@ -32,12 +32,12 @@ from common.phase3 import Machine, Phase3  # noqa: E402
 from common.report import linear_cost, matmul_cost  # noqa: E402
 from methods.ranges import values_by_shrinking, weight_by_shrinking  # noqa: E402
 from methods.reconstruction import (  # noqa: E402
-    Recipe, SoftLinear, SoftMatMul, hard, learned, reconstruct, weights_only,
+    Recipe, SoftLinear, SoftMatMul, check_rate, hard, learned, reconstruct, weights_only,
 )  # fmt: skip
 from models_dit import MatMul  # noqa: E402
 from quant_ops import FullPrecision  # noqa: E402
 
-WEIGHT_LR, SCALE_LR, SCALE_POWER = 1e-3, 4e-4, 2.4
+SCALE_LR, SCALE_POWER = 4e-4, 2.4
 
 
 class Settings(NamedTuple):
@@ -49,6 +49,7 @@ class Settings(NamedTuple):
     layers: str
     weight_iterations: int
     weight_batch: int
+    weight_lr: float
     scale_iterations: int
     scale_batch: int
     rows: int | None
@@ -68,6 +69,8 @@ def add_flags(p, weight_iterations, weight_batch, scale_iterations, scale_batch,
     )
     for flag, default, what in counts:
         p.paper.add_argument(flag, type=whole_number, default=default, help=what)
+    rate = "Adam's for rounding; fewer iterations want more"
+    p.paper.add_argument("--weight-lr", type=float, default=1e-3, help=rate)
     layers = "own: all that multiply; released: those of 03_quantize.py (D6)"
     p.ours.add_argument("--layers", choices=("own", "released"), default="own", help=layers)
     p.ours.add_argument("--rows", type=whole_number, help="calibrate on so many, spread over t")
@@ -88,6 +91,7 @@ def check(args):
     for flag in ("weight_iterations", "scale_iterations"):
         if getattr(args, flag):
             at_least_one(args, flag)
+    check_rate(args)
     check_unit_flags(args)
 
 
@@ -123,7 +127,7 @@ def quantize_unit(phase3, unit, cfg, edge_bits=None):
     edge = edge_bits is not None and unit in ("embed", "final")
     wbits, abits = (edge_bits, edge_bits) if edge else (cfg.wbits, cfg.abits)
     soft = {layer.name: start(layer, cfg, wbits) for layer in layers}
-    phase_w = Recipe(cfg.weight_iterations, cfg.weight_batch, weight_lr=WEIGHT_LR)
+    phase_w = Recipe(cfg.weight_iterations, cfg.weight_batch, weight_lr=cfg.weight_lr)
     if not edge:
         reconstruct(phase3, soft, phase3.quantized_inputs(weights_only), phase_w)
     for layer in layers:

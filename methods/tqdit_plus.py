@@ -1,15 +1,21 @@
-"""TQ-DiT and five ideas beyond the paper; another Phase 3.
+"""TQ-DiT and what goes beyond the paper; another Phase 3.
 
 In: RUN/calib.pt, RUN/grads/, as 03_quantize.py.  Out: RUN/quant_wXaY_plus.pt, for `04 --tag plus`.
-Algorithm 1 with HO, MRQ and TGQ as in 03, and, each with a switch of its own:
+Algorithm 1 and its objective, Eq. (16), as in 03, and, each with a switch of its own:
 
-    --edge-bits     the first layer's weight, the last layer's weight and inputs have more bits
-    --cond-bits     the weights of adaLN's and the embedders' linear layers are quantized too
-    --tgq-inputs    TGQ for the inputs of every linear layer on tokens, not only after softmax
-    --smoothquant   input channels evened out (arXiv 2211.10438): the strength of least error
-    --rounding      gptq: weights rounded column by column, errors made up for (arXiv 2210.17323)
+    --input-group        linear inputs: a scale for each token and so many channels, at run time
+    --dynamic-products   q, k, v and softmax: a scale for each row or column and head, at run time
+    --weight-group       weights: a scale for each output channel and so many input channels
+    --hadamard           inputs rotated within blocks of channels, where it pays (arXiv 2404.00456)
+    --smoothquant        input channels evened out (arXiv 2211.10438): the strength of least error
+    --rounding           gptq: weights rounded column by column, errors made up for (2210.17323)
+    --rank               a branch in full precision makes up for rounding errors (2410.06040)
+    --edge-bits          the first layer's weight, the last layer's weight and inputs have more bits
+    --cond-bits          the weights of adaLN's and the embedders' linear layers are quantized too
+    --tgq-inputs         with --input-group none: TGQ for linear inputs, not only after softmax
 
-R = 1: on the demo three rounds take 1 % off the weighted error (docs/results.md).
+Scales taken at run time need no search, and leave MRQ, TGQ and R nothing to do; without the first
+two all are static, as in the paper. Gains: docs/log.md. R = 1: three rounds take 1 % off the error.
 
     python methods/tqdit_plus.py --run runs/xl --wbits 4 --abits 8
     python 04_sample.py          --run runs/xl --wbits 4 --abits 8 --tag plus
@@ -18,10 +24,9 @@ R = 1: on the demo three rounds take 1 % off the weighted error (docs/results.md
 import sys
 from argparse import BooleanOptionalAction
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,9 +37,10 @@ from common.cli import (  # noqa: E402
 )  # fmt: skip
 from common.fast_search import make_search  # noqa: E402
 from common.phase3 import Machine, Phase3  # noqa: E402
+from common.quantizers import DynamicQuantizer  # noqa: E402
 from common.report import linear_cost, matmul_cost  # noqa: E402
-from methods.balancing import smoothquant_factors  # noqa: E402
-from methods.rounding import gptq  # noqa: E402
+from methods.balancing import Way, transformed  # noqa: E402
+from methods.rounding import divisor, gram, group_grid, low_rank_part, rounded_to  # noqa: E402
 from models_dit import MatMul  # noqa: E402
 from quant_ops import (  # noqa: E402
     FullPrecision, InputLoss, LossOfA, LossOfB, WeightLoss, gelu_candidates, join_groups,
@@ -56,6 +62,11 @@ class Settings(NamedTuple):
     tgq_inputs: bool
     smoothquant: bool
     rounding: str
+    input_group: int | None
+    dynamic_products: bool
+    weight_group: int | None
+    hadamard: bool
+    rank: int | None
     rows: int | None
     tag: str
 
@@ -67,7 +78,7 @@ class Bits(NamedTuple):
     inputs: int | None
 
 
-def bits_or_none(text):
+def number_or_none(text):
     return None if text == "none" else whole_number(text)
 
 
@@ -77,11 +88,18 @@ def parse_args():
     p.paper.add_argument("--abits", type=whole_number, required=True, help="k of activations, 2..8")
     p.paper.add_argument("--metric", choices=("hessian", "mse"), default="hessian", help="HO, D11")
     p.ours.add_argument("--rounds", type=whole_number, default=1, help="R; the paper has 3")
-    p.ours.add_argument("--edge-bits", type=bits_or_none, default=8, help="2..8, none: no others")
-    p.ours.add_argument("--cond-bits", type=bits_or_none, default=8, help="2..8, none: as they are")
+    optional = dict(type=number_or_none, default=8)
+    p.ours.add_argument("--edge-bits", **optional, help="2..8, none: no others")
+    p.ours.add_argument("--cond-bits", **optional, help="2..8, none: as they are")
     p.ours.add_argument("--tgq-inputs", action=flag, default=True, help="TGQ for linear inputs")
     p.ours.add_argument("--smoothquant", action=flag, default=True, help="even out input channels")
     p.ours.add_argument("--rounding", choices=("gptq", "nearest"), default="gptq", help="weights")
+    group = dict(type=number_or_none, default=32)
+    p.ours.add_argument("--input-group", **group, help="channels; none: static scales, searched")
+    p.ours.add_argument("--dynamic-products", action=flag, default=True, help="of attention")
+    p.ours.add_argument("--weight-group", **group, help="input channels; none: all have one scale")
+    p.ours.add_argument("--hadamard", action=flag, default=True, help="rotate input channels")
+    p.ours.add_argument("--rank", type=number_or_none, help="of the branch")
     p.ours.add_argument("--rows", type=whole_number, help="search on this many rows, spread over t")
     p.ours.add_argument("--tag", default="plus", help="names the file quant_wXaY_TAG.pt")
     p.add_search_flags()
@@ -92,7 +110,7 @@ def check(args):
     optional = [flag for flag in ("edge_bits", "cond_bits") if getattr(args, flag) is not None]
     check_bits(args, "wbits", "abits", *optional)
     check_tag(args)
-    at_least_one(args, "rounds", "rows")
+    at_least_one(args, "rounds", "rows", "input_group", "weight_group", "rank")
     check_unit_flags(args)
 
 
@@ -127,6 +145,11 @@ def search_linear(weight, fit, layer, cfg, search):
     Q_W, weights = uniform_candidates(*weight.aminmax(dim=1, keepdim=True), bits.weight)
     if bits.inputs is None:
         return search(weights, fit, WeightLoss(weight, FullPrecision())), FullPrecision()
+    if cfg.input_group is not None:
+        Q_X = DynamicQuantizer(bits.inputs, "token", divisor(cfg.input_group, weight.shape[1]))
+        if cfg.weight_group is None:
+            Q_W = search(weights, fit, WeightLoss(weight, Q_X))
+        return Q_W, Q_X
     parts = [fit.of_group(i) for i in range(fit.num_groups)] if by_group else [fit]
     post_gelu = layer.spec.post_gelu
     starts, grids = zip(*(input_candidates(p, post_gelu, bits.inputs) for p in parts), strict=True)
@@ -143,43 +166,56 @@ def joined(quantizers):
     return join_groups(quantizers) if len(quantizers) > 1 else quantizers[0]
 
 
-def gram(data, Q_X):
-    """Sum of x x^T over the quantized inputs x, weighted by the mean squared gradient, (I, I)."""
-    total = 0
-    for chunk in data:
-        x = Q_X(chunk.x, chunk.group)
-        total = total + ((x * chunk.grad.square().mean(dim=1, keepdim=True)).T @ x).double()
-    return total
+def rounded_weight(weight, fit, Q_W, Q_X, layer, cfg):
+    """The weight rounded, its quantizer, and for the quant file its `view` and `low_rank`."""
+    if layer.spec.conditioning:
+        return Q_W(weight), Q_W, {}
+    H, more = gram(fit, Q_X), {}
+    if cfg.weight_group is not None and not layer.spec.reads_image:  # that has few inputs
+        size = divisor(cfg.weight_group, weight.shape[1])
+        Q_W = group_grid(weight, size, Q_W.bits, H.diagonal())
+        more["view"] = (len(weight), weight.shape[1] // size, size)
+    W_hat = rounded_to(Q_W, weight, more.get("view"), H if cfg.rounding == "gptq" else None)
+    if cfg.rank and layer.spec.unit == "block":
+        more["low_rank"] = low_rank_part(weight - W_hat, H, cfg.rank)
+    return W_hat, Q_W, more
 
 
-def smoothed_linear(layer, data, strength, cfg, search):
-    """A layer's state and cost, its input channels evened out with this strength, if any."""
-    weight, smooth = layer.module.weight.detach().flatten(1), None
-    if strength is not None:
-        x_max = torch.stack([chunk.x.abs().amax(dim=0) for chunk in data]).amax(dim=0)
-        smooth = smoothquant_factors(x_max, weight, strength)
-        weight, data = weight * smooth, data.smoothed(smooth)
+def linear_by(way, layer, data, cfg, search):
+    """A layer's state and cost, its input channels gone this way first."""
+    weight, data, before = transformed(layer.module.weight.detach().flatten(1), data, way)
+    if way.block is not None:  # a rotation leaves nothing of GELU's two regions
+        layer = layer._replace(spec=layer.spec._replace(post_gelu=False))
     fit = data if cfg.metric == "hessian" else data.unweighted()
     Q_W, Q_X = search_linear(weight, fit, layer, cfg, search)
-    W_hat = Q_W(weight)
-    if cfg.rounding == "gptq" and not layer.spec.conditioning:
-        W_hat = gptq(weight, Q_W.scale, Q_W.zero_point, Q_W.bits, gram(fit, Q_X))
-    state = quant_file.linear_state(layer.module, W_hat, Q_W, Q_X, smooth)
+    W_hat, Q_W, more = rounded_weight(weight, fit, Q_W, Q_X, layer, cfg)
+    state = quant_file.linear_state(layer.module, W_hat, Q_W, Q_X, **before, **more)
+    if "low_rank" in more:
+        W_hat = W_hat + more["low_rank"]["left"] @ more["low_rank"]["right"]
     return dict(state=state, cost=linear_cost(data, W_hat, Q_X))
 
 
 def quantize_linear(layer, data, cfg, search):
-    """Alg. 1 lines 15-22; of all strengths of SmoothQuant the one of least error, Eq. (16)."""
-    smooth = cfg.smoothquant and bits_of(layer, cfg).inputs is not None
-    tried = [
-        smoothed_linear(layer, data, strength, cfg, search())
-        for strength in (STRENGTHS if smooth else STRENGTHS[:1])
-    ]
+    """Alg. 1 lines 15-22; of all ways the one of least error, Eq. (16)."""
+    channels, quantized = layer.module.weight[0].numel(), bits_of(layer, cfg).inputs is not None
+    strengths = STRENGTHS if cfg.smoothquant and quantized else STRENGTHS[:1]
+    blocks = (None, channels & -channels) if cfg.hadamard and quantized else (None,)
+    ways = map(Way._make, product(strengths, blocks))
+    tried = [linear_by(way, layer, data, cfg, search()) for way in ways]
     return min(tried, key=lambda found: found["cost"])
 
 
+def matmul_found(data, Q_A, Q_B):
+    """State and cost of a product of activations."""
+    return dict(state=quant_file.matmul_state(Q_A, Q_B), cost=matmul_cost(data, Q_A, Q_B))
+
+
 def quantize_matmul(layer, data, cfg, search):
-    """Alg. 1 lines 23-33 as in 03, with MRQ and TGQ after softmax."""
+    """Alg. 1 lines 23-33 as in 03, with MRQ and TGQ after softmax; or scales taken at run time, one
+    for each row of A and column of B, which the product's own entries can be multiplied by."""
+    if cfg.dynamic_products:
+        Q_A, Q_B = (DynamicQuantizer(cfg.abits, per) for per in ("token", "column"))
+        return matmul_found(data, Q_A, Q_B)
     search, fit = search(), data if cfg.metric == "hessian" else data.unweighted()
     Q_B, candidates_B = uniform_candidates(*data.range("b"), cfg.abits)
     parts, candidates_A = [fit], uniform_candidates(*data.range("a"), cfg.abits)[1]
@@ -189,8 +225,7 @@ def quantize_matmul(layer, data, cfg, search):
     for _ in range(cfg.rounds):
         Q_A = joined([search(candidates_A, rows, LossOfA(Q_B)) for rows in parts])
         Q_B = search(candidates_B, fit, LossOfB(Q_A))
-    state = quant_file.matmul_state(Q_A, Q_B)
-    return dict(state=state, cost=matmul_cost(data, Q_A, Q_B))
+    return matmul_found(data, Q_A, Q_B)
 
 
 def main(args):

@@ -54,6 +54,15 @@ def load_script(name):
     return module
 
 
+def parsed(monkeypatch, command):
+    """What a script makes of its flags and has checked; `command` begins with its path."""
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    script = load_script(command[0].removesuffix(".py"))
+    args = script.parse_args()
+    getattr(script, "check", lambda _: None)(args)
+    return args
+
+
 def run_script(name, *args, cwd=ROOT, env=None, launcher=()):
     """Run a script in a process of its own, on the CPU; returns the CompletedProcess."""
     command = [sys.executable, *launcher, str(ROOT / f"{name}.py"), *map(str, args)]
@@ -119,6 +128,16 @@ def lively_dit(**changes):
     return model
 
 
+# methods/tqdit_plus.py with nothing taken at run time, as the paper has it
+STATIC = "--input-group none --no-dynamic-products --weight-group none --no-hadamard".split()
+
+
+def wave(*shape):
+    """Numbers that every machine makes alike, for results of other people's code."""
+    count = torch.Size(shape).numel()
+    return torch.sin(torch.arange(1, 1 + count).float() ** 1.3).view(shape)
+
+
 def layer_of(module, **spec):
     """A Layer of a block, of this module; `spec` says what it is."""
     return Layer("blocks.0.mlp.fc2", module, LayerSpec("block", "mlp.fc2", **spec))
@@ -148,23 +167,30 @@ def same_leaves(a, b):
     return a.keys() == b.keys() and all(equal)
 
 
-@pytest.fixture(scope="session")
-def tiny_ckpt(tmp_path_factory):
-    """A DiT of 3 x 8 x 8 images, no layer zero, trained for seconds: its samples stay in range."""
+def trained_dit(**config):
+    """A DiT, no layer zero, trained for seconds: its samples stay in range."""
     torch.manual_seed(0)
-    diffusion = Diffusion(1000)
-    model = DiT(8, 2, 3, hidden_size=32, depth=2, num_heads=4, num_classes=5)
+    diffusion, model = Diffusion(1000), DiT(**config)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.5 if "x_embedder" in name else 0.1)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=5e-3)
+    C, size = model.in_channels, model.input_size
     for _ in range(300):
-        x_0, eps = 0.4 * torch.randn(32, 3, 1, 1), torch.randn(32, 3, 8, 8)  # one color an image
-        t, y = torch.randint(1000, (32,)), torch.randint(6, (32,))
+        x_0, eps = 0.4 * torch.randn(32, C, 1, 1), torch.randn(32, C, size, size)  # of one color
+        t, y = torch.randint(1000, (32,)), torch.randint(model.num_classes + 1, (32,))
         optimizer.zero_grad()
-        eps_theta = model(diffusion.q_sample(x_0, t, eps), t, y)[:, :3]
+        eps_theta = model(diffusion.q_sample(x_0, t, eps), t, y)[:, :C]
         torch.nn.functional.mse_loss(eps_theta, eps).backward()
         optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_ckpt(tmp_path_factory):
+    """Such a DiT of 3 x 8 x 8 images."""
+    how = dict(input_size=8, patch_size=2, in_channels=3)
+    model = trained_dit(**how, hidden_size=32, depth=2, num_heads=4, num_classes=5)
     path = tmp_path_factory.mktemp("tiny") / "dit.pt"
     torch.save(model.state_dict(), path)
     return path

@@ -35,6 +35,12 @@ def test_nearest_neighbours_are_merged_first():
     )
 
 
+def test_merged_group_has_the_mean_of_its_timesteps():
+    """0, 0 and 3 are around 1, not between 0 and 3: 7.5 goes with 13.75 instead."""
+    z = torch.tensor([[0.0], [0.0], [3.0], [7.5], [13.75]])
+    assert HTG.merge_timesteps(z, 2).tolist() == [0, 0, 0, 1, 1]
+
+
 def test_distance_counts_every_channel():
     """Squared distance over all channels, not the largest."""
     z = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 0.0], [5.0, 2.5]])
@@ -87,6 +93,9 @@ def test_shifted_layer_follows_the_drift():
     assert found["cost"] < 0.02 * plain["cost"]
     state = found["state"]
     assert state["regroup"].tolist() == [0, 0, 0, 1, 1, 1]
+    at_t = x.view(6, 6, 8)  # six rows of tokens a timestep
+    z = (at_t.amin(1) + at_t.amax(1)) / 2  # Eq. (2), (4)
+    torch.testing.assert_close(state["shift"], torch.stack([z[:3].mean(0), z[3:].mean(0)]))
     made, rows = make_layer(state), t.repeat_interleave(3)
     torch.testing.assert_close(made(x, rows), made(x.view(12, 3, 8), t).flatten(0, 1))
     error = (made(x, rows) - layer(x)).square().sum().item()

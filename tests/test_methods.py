@@ -1,22 +1,27 @@
-"""methods/: SmoothQuant, GPTQ, and each switch of tqdit_plus.py."""
+"""methods/: SmoothQuant, rotation, GPTQ, groups, and each switch of tqdit_plus.py."""
 
 import shutil
 
 import numpy as np
+import pytest
 import torch
-from conftest import layer_of, linear_data, load_script, run_in_process, same_leaves
+from conftest import STATIC, layer_of, linear_data, load_script, run_in_process, same_leaves
 
 import quant_ops as q
 from common.artifacts import load_artifact
 from common.fast_search import FastSearch
-from common.quant_file import unpack_weight
-from methods.balancing import smoothquant_factors
-from methods.rounding import gptq
+from common.layer_data import LayerData, MatMulChunk
+from common.layer_schema import Block
+from common.quant_file import make_layer, unpack_weight
+from common.quantizers import hadamard_matrix, rotate
+from methods.balancing import Way, smoothquant_factors
+from methods.rounding import divisor, gptq, group_grid, low_rank_part, rounded_to
 
 PLUS = load_script("methods/tqdit_plus")
 PLAIN = dict(
     wbits=4, abits=5, metric="hessian", rounds=1, edge_bits=None, cond_bits=None, tgq_inputs=False,
-    smoothquant=False, rounding="nearest", rows=None, tag="plus",
+    smoothquant=False, rounding="nearest", input_group=None, dynamic_products=False,
+    weight_group=None, hadamard=False, rank=None, rows=None, tag="plus",
 )  # fmt: skip
 
 
@@ -28,6 +33,30 @@ def test_smoothquant_evens_out_what_it_promises():
         torch.testing.assert_close((x / s) @ (weight * s).T, x @ weight.T, rtol=1e-4, atol=1e-4)
         even = (x / s).abs().amax(0) if strength else (weight * s).abs().amax(0)
         assert strength == 0.5 or torch.allclose(even, torch.ones(4))
+
+
+def test_rotation_keeps_the_product_and_spreads_an_outlier():
+    """H is orthogonal and symmetric; x H (W H)^T = x W^T; one channel becomes a whole block's."""
+    H = hadamard_matrix(8)
+    torch.testing.assert_close(H @ H, torch.eye(8))
+    assert torch.equal(H, H.T) and torch.allclose(H.abs(), H[0, 0])
+    x, weight = torch.randn(20, 24), torch.randn(5, 24)
+    x[:, 3] *= 100
+    rotated = rotate(x, H)
+    torch.testing.assert_close(rotated @ rotate(weight, H).T, x @ weight.T, rtol=1e-4, atol=1e-3)
+    assert rotated.abs().amax() < 0.5 * x.abs().amax()
+    torch.testing.assert_close(rotated[:, 8:].norm(), x[:, 8:].norm())  # blocks do not mix
+
+
+@pytest.mark.parametrize("size, fits", [(8, True), (16, False), (6, False), (0, False)])
+def test_a_hadamard_matrix_has_to_go_into_the_channels(size, fits):
+    """A file with a size that is no power of two, or does not divide the channels, is refused."""
+    try:
+        Block("24")(size, "hadamard", {})
+    except Exception as error:
+        assert not fits and "hadamard" in str(error)
+    else:
+        assert fits
 
 
 def gptq_case(inputs=32, rows=400, bits=3):
@@ -52,6 +81,59 @@ def test_gptq_of_uncorrelated_inputs_is_nearest_rounding():
     _, weight, grid, nearest = gptq_case()
     for gram in (torch.diag(torch.rand(32) + 0.1), torch.zeros(32, 32)):
         torch.testing.assert_close(gptq(weight, *grid, gram), nearest, rtol=0, atol=1e-5)
+
+
+def test_gptq_takes_a_grid_for_each_column():
+    """Scales (O, I) that are all alike give what (O, 1) gives; groups keep to theirs."""
+    x, weight, (scale, zero_point, bits), _ = gptq_case()
+    one = gptq(weight, scale, zero_point, bits, x.T @ x)
+    each = (v.expand(6, 32) for v in (scale, zero_point))
+    assert torch.equal(gptq(weight, *each, bits, x.T @ x), one)
+    Q_W = group_grid(weight, 8, bits, torch.ones(32))
+    rounded = rounded_to(Q_W, weight, (6, 4, 8), x.T @ x)
+    torch.testing.assert_close(rounded_to(Q_W, rounded, (6, 4, 8)), rounded, rtol=0, atol=1e-5)
+    assert (x @ (rounded - weight).T).norm() < (x @ (one - weight).T).norm()
+
+
+def test_group_grid_has_the_least_weighted_error_of_its_candidates():
+    """A scale for each output channel and group of inputs; what counts for more is nearer."""
+    _, weight, _, _ = gptq_case()
+    counts = torch.ones(32).index_fill(0, torch.tensor([1, 30]), 1000.0)
+    found = group_grid(weight, 8, 3, counts)
+    assert found.scale.shape == found.zero_point.shape == (6, 4, 1)
+    parts = weight.view(6, 4, 8)
+    error = (counts.view(4, 8) * (found(parts) - parts) ** 2).sum(2, keepdim=True)
+    scale, zero_point = q.qparams_from_range(*parts.aminmax(dim=2, keepdim=True), 3)
+    for a in torch.linspace(0.5, 1.05, 20):
+        other = q.fake_quant(parts, a * scale, zero_point, 3)
+        assert (error <= (counts.view(4, 8) * (other - parts) ** 2).sum(2, keepdim=True)).all()
+    plain = group_grid(weight, 8, 3, torch.ones(32))(parts).view(6, 32)
+    at = counts > 1
+    assert (found(parts).view(6, 32) - weight)[:, at].norm() < (plain - weight)[:, at].norm()
+
+
+def test_a_group_that_does_not_divide_the_channels_is_all_of_them():
+    assert (divisor(8, 32), divisor(8, 12), divisor(64, 32)) == (8, 12, 32)
+
+
+def test_low_rank_part_leaves_the_least_output_error():
+    """No product of this rank does better than its, over the layer's inputs: not the SVD's of the
+    error itself; and at full rank nothing is left."""
+    x, weight, _, nearest = gptq_case()
+    error = weight - nearest
+
+    def left(part):
+        return (x @ (error - part).T).norm()
+
+    found = low_rank_part(error, x.T @ x, 2, damp=1e-6)
+    assert found["left"].shape == (6, 2) and found["right"].shape == (2, 32)
+    U, S, Vh = torch.linalg.svd(error, full_matrices=False)
+    of_weight = (U[:, :2] * S[:2]) @ Vh[:2]
+    least = torch.linalg.svdvals(x @ error.T)[2:].norm()  # Eckart and Young
+    torch.testing.assert_close(left(found["left"] @ found["right"]), least, rtol=1e-3, atol=0)
+    assert least < 0.9 * left(of_weight)
+    whole = low_rank_part(error, x.T @ x, 6, damp=1e-6)
+    torch.testing.assert_close(whole["left"] @ whole["right"], error, rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -114,13 +196,97 @@ def test_gptq_lowers_the_layer_s_cost():
     assert after < 0.7 * before
 
 
+@pytest.mark.parametrize("changes", [{}, dict(input_group=8), dict(weight_group=8)])
+def test_every_way_of_a_layer_is_its_function(changes):
+    """At 8 bits a layer made of the state, rotated, smoothed or both, is the layer in full
+    precision, and the cost is that of its error; so with a low-rank branch."""
+    for strength in (None, 0.5):
+        for block in (None, 16):
+            layer, data, _, _ = quantized()
+            more = dict(wbits=8, abits=8, rounding="gptq", rank=1)
+            cfg = PLUS.Settings(**PLAIN | changes | more)
+            where = layer_of(layer), data, cfg, FastSearch()
+            found = PLUS.linear_by(Way(strength, block), *where)
+            made, state = make_layer(found["state"]), found["state"]
+            assert ("smooth" in state, "hadamard" in state) == (strength is not None, bool(block))
+            error = torch.cat([made(c.x) - layer(c.x) for c in data])
+            assert error.norm() < 0.03 * torch.cat([c.out for c in data]).norm()
+            cost = (error * torch.cat([c.grad for c in data])).square().sum().item()
+            assert cost == pytest.approx(found["cost"], rel=1e-3)
+
+
+def test_hadamard_keeps_the_cheaper_of_both(monkeypatch):
+    """Of a layer's ways, rotated or not, smoothed or not, the state with the least cost is kept."""
+    costs, linear_by = {}, PLUS.linear_by
+
+    def recorded(way, *args):
+        found = linear_by(way, *args)
+        costs[way] = found["cost"]
+        return found
+
+    monkeypatch.setattr(PLUS, "linear_by", recorded)
+    kept = quantized(hadamard=True, smoothquant=True)[-1]
+    assert set(costs) == {Way(s, b) for s in PLUS.STRENGTHS for b in (None, 16)}
+    assert kept == min(costs.values()) < max(costs.values())
+
+
+def test_dynamic_inputs_have_a_scale_for_each_token_and_group():
+    """Nothing is searched: the type and the group are in the file. Less error than static scales;
+    a group that does not divide the inputs is all of them."""
+    _, _, state, cost = quantized(abits=4, wbits=8, input_group=4)
+    assert state["act"] == dict(type="dynamic", bits=4, per="token", group_size=4)
+    assert cost < 0.5 * quantized(abits=4, wbits=8, tgq_inputs=True)[-1]
+    assert quantized(input_group=5)[2]["act"]["group_size"] == 16
+
+
+def test_weight_groups_lower_the_layer_s_cost():
+    """A scale for each output channel and group of inputs, with either rounding."""
+    for rounding in ("nearest", "gptq"):
+        flags = dict(wbits=3, abits=8, rounding=rounding)
+        _, _, whole, before = quantized(**flags)
+        _, _, state, after = quantized(**flags, weight_group=4)
+        assert state["weight"]["view"] == [12, 4, 4] and "view" not in whole["weight"]
+        assert after < 0.95 * before
+
+
+def test_the_branch_lowers_the_layer_s_cost():
+    """By rank; only layers of blocks have it."""
+    flags = dict(wbits=3, abits=8, rounding="gptq", input_group=16)
+    costs = [quantized(**flags, rank=r)[-1] for r in (None, 2, 6)]
+    assert costs[2] < 0.7 * costs[1] < 0.7 * costs[0]
+
+
+def test_dynamic_products_take_what_a_row_and_a_column_need():
+    """One scale for each row of A and column of B of each head: an outlier in one of them leaves
+    the error of the others' products alone."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 8, 6)
+    cfg, spec = PLUS.Settings(**PLAIN | dict(dynamic_products=True)), layer_of(None)
+
+    def errors(a, b):
+        group = torch.zeros(2, dtype=torch.long)
+        chunk = MatMulChunk(torch.ones(2, 3, 5, 6), a @ b, a, b, group)
+        found = PLUS.quantize_matmul(spec, LayerData([chunk], a.device, 1), cfg, FastSearch)
+        error = make_layer(found["state"])(a, b) - a @ b
+        assert error.square().sum().item() == pytest.approx(found["cost"], rel=1e-4)
+        return error
+
+    plain = errors(a, b)
+    assert 0 < plain.norm() < 0.1 * (a @ b).norm()
+    a[0, 1, 2], b[0, 1, :, 4] = 100 * a[0, 1, 2], 100 * b[0, 1, :, 4]
+    loud, rest = errors(a, b), torch.ones(2, 3, 5, 6, dtype=torch.bool)
+    rest[0, 1, 2], rest[0, 1, :, 4] = False, False
+    assert torch.equal(loud[rest], plain[rest])
+    torch.testing.assert_close(loud[0, 1, 2, 4] / 1e4, plain[0, 1, 2, 4], rtol=0, atol=1e-3)
+
+
 def quant_file(tiny_run, folder, flags):
     """The layers of the tiny run's quant file of tqdit_plus.py with these flags."""
     folder.mkdir(exist_ok=True)
     for name in ("calib.pt", "grads"):
         (folder / name).symlink_to(tiny_run / name)
-    command = f"--run {folder} --wbits 4 --abits 5 --rows 6 {flags}"
-    log = run_in_process("methods/tqdit_plus", *command.split())
+    command = f"--run {folder} --wbits 4 --abits 5 --rows 6".split()
+    log = run_in_process("methods/tqdit_plus", *command, *flags)
     assert log.returncode == 0, log.stderr
     assert "--tag plus" in log.stdout.splitlines()[-1]
     file = load_artifact(folder / "quant_w4a5_plus.pt", "quant", "tqdit_plus.py")
@@ -130,7 +296,7 @@ def quant_file(tiny_run, folder, flags):
 
 def test_edge_and_cond_bits_reach_their_layers_only(tiny_run, tmp_path):
     """--edge-bits the first and last layer, --cond-bits the weights of adaLN and embedders."""
-    layers = quant_file(tiny_run, tmp_path, "--edge-bits 8 --cond-bits 7")
+    layers = quant_file(tiny_run, tmp_path, [*"--edge-bits 8 --cond-bits 7".split(), *STATIC])
     bits = {name: s["weight"]["bits"] for name, s in layers.items() if "weight" in s}
     assert bits.pop("x_embedder.proj") == bits.pop("final_layer.linear") == 8
     for name in bits:
@@ -143,10 +309,29 @@ def test_edge_and_cond_bits_reach_their_layers_only(tiny_run, tmp_path):
     assert layers["blocks.0.attn.qk"]["a"]["bits"] == 5
 
 
+def test_by_default_scales_are_taken_at_run_time(tiny_run, tmp_path):
+    """Inputs of linear layers on tokens, and both operands of products; weights have groups; some
+    layer is rotated. What it lacks with --rank is there then."""
+    layers = quant_file(tiny_run, tmp_path, [])
+    inputs = dict(type="dynamic", bits=5, per="token", group_size=32)
+    assert layers["blocks.0.mlp.fc2"]["act"] == inputs
+    assert layers["blocks.1.mlp.fc2"]["weight"]["scale"].shape == (32, 4, 1)
+    assert layers["final_layer.linear"]["act"] == inputs | dict(bits=8)
+    assert layers["blocks.1.attn.av"]["a"] == inputs | dict(group_size=None)
+    assert layers["blocks.1.attn.av"]["b"]["per"] == "column"
+    assert layers["blocks.0.adaLN_modulation.1"]["act"]["type"] == "none"
+    assert {state.get("hadamard") for state in layers.values()} >= {32}
+    assert not any("low_rank" in state for state in layers.values())
+    with_rank = quant_file(tiny_run, tmp_path / "rank", ["--rank", "3"])
+    found = {name for name, state in with_rank.items() if "low_rank" in state}
+    kinds = "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"
+    assert found == {f"blocks.{i}.{kind}" for i in range(2) for kind in kinds}
+
+
 def test_all_switches_off_is_the_paper_s_method(tiny_run, tmp_path):
-    """Without its five ideas tqdit_plus.py writes 03's layers, bit for bit, at R = 1."""
+    """Without its ideas tqdit_plus.py writes 03's layers, bit for bit, at R = 1."""
     off = "--edge-bits none --cond-bits none --no-tgq-inputs --no-smoothquant --rounding nearest"
-    found = quant_file(tiny_run, tmp_path, off)
+    found = quant_file(tiny_run, tmp_path, [*off.split(), *STATIC])
     flags = f"--run {tmp_path} --wbits 4 --abits 5 --rows 6 --rounds 1"
     assert run_in_process("03_quantize", *flags.split()).returncode == 0
     expected = load_artifact(tmp_path / "quant_w4a5.pt", "quant", "03_quantize.py")["layers"]
@@ -155,7 +340,7 @@ def test_all_switches_off_is_the_paper_s_method(tiny_run, tmp_path):
 
 def test_04_samples_its_file_alone(tiny_run, tmp_path):
     """quant_w4a5_plus.pt and --tag plus are enough for images near full precision's."""
-    quant_file(tiny_run, tmp_path / "run", "")
+    quant_file(tiny_run, tmp_path / "run", [])
     shutil.move(tmp_path / "run" / "quant_w4a5_plus.pt", tmp_path)
     flags = f"--run {tmp_path} --wbits 4 --abits 5 --tag plus --num-images 6"
     log = run_in_process("04_sample", *flags.split())

@@ -8,8 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import refused, run_in_process, snapshot
-from test_reconstruction import wave
+from conftest import refused, run_in_process, snapshot, wave
 
 from common.quant_file import load_quant
 from methods.balancing import by_timestep, salience_factors
@@ -63,9 +62,8 @@ def test_qkv_and_fc1_are_folded_and_proj_divides(run):
 def test_released_layers_fold_into_adaln_in_full_precision(run):
     """adaLN's parameters stand in the state, divided; the patch embedding reads the image."""
     file = made(run, "--layers", "released")
-    checkpoint = torch.load(
-        torch.load(run / "calib.pt", weights_only=True)["settings"]["ckpt"], weights_only=True
-    )
+    path = torch.load(run / "calib.pt", weights_only=True)["settings"]["ckpt"]
+    checkpoint = torch.load(path, weights_only=True)
     name = "blocks.1.adaLN_modulation.1.weight"
     ratio = file["state"][name] / checkpoint[name]
     assert (ratio.std(dim=1) < 1e-4).all() and (ratio[:, 0] - 1).abs().max() > 0.01

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-from conftest import linear_data
+from conftest import linear_data, wave
 
 import quant_ops as q
 from common.quant_file import make_layer, unpack_weight
@@ -29,12 +29,6 @@ THEIRS = dict(
     ],
     up="001010110011101101010111011010111001000100110110",
 )  # fmt: skip
-
-
-def wave(*shape):
-    """Numbers that every machine makes alike."""
-    count = torch.Size(shape).numel()
-    return torch.sin(torch.arange(1, 1 + count).float() ** 1.3).view(shape)
 
 
 def drawn():
