@@ -14,6 +14,7 @@ Every process reads a file whole: 50,000 images of 256 px take 9.8 GB, with PSNR
 """
 
 import json
+import math
 import re
 from hashlib import sha256
 from itertools import groupby
@@ -145,18 +146,27 @@ def print_table(rows):
         known = "not comparable with the paper's FID" if space == "demo" else "paper: N = 10,000"
         print(f"feature space: {space} ({features}), {known}; reference: {reference}")
         columns = ["num_images", "steps", "cfg_scale", *NAMES[space], "precision", "recall", "psnr"]
-        print(f"{'name':16}" + "".join(f"{title:>11}" for title in [*columns, "MiB"]))
+        group = list(group)
+        wide = max(16, *(len(row["name"]) + 1 for row in group))
+        print("name".ljust(wide) + "".join(f"{title:>11}" for title in [*columns, "MiB"]))
         for row in group:
             cells = [*map(row.get, columns), (row["model_bytes"] or 0) / 2**20 or None]
             cells = "".join("          -" if c is None else f"{c:11.5g}" for c in cells)
             differ = ", ".join(row["not_comparable"]) if space != "demo" else ""
-            print(f"{row['name']:16}{cells} ", row["note"], differ and f"not comparable: {differ}")
+            name, differ = row["name"].ljust(wide), differ and f"not comparable: {differ}"
+            print(f"{name}{cells} ", row["note"], differ)
 
 
 def by_bits(row):
-    """FP first, then the most bits."""
-    bits = [-int(bits) for bits in re.findall(r"\d+", row["name"])]
-    return row["name"] != "fp", bits, row["name"]
+    """FP first, then the most bits; of the same bits 03's, then the methods by name."""
+    bits, _, tag = row["name"].partition("_")
+    return row["name"] != "fp", [-int(bits) for bits in re.findall(r"\d+", bits)], tag, bits
+
+
+def label_of(name):
+    """Its bits and, on a line below, its method."""
+    bits, _, tag = name.partition("_")
+    return f"{bits.upper()}\n{tag}".strip()
 
 
 def save_comparison(path, rows, digests, columns=10):
@@ -165,14 +175,16 @@ def save_comparison(path, rows, digests, columns=10):
     paired = [row for row in there if row["name"] == "fp" or row["psnr"] is not None] or there
     files = {row["name"]: path.with_name(row["file"]) for row in paired}
     images = {name: read_samples(f)["arr_0"][:columns].copy() for name, f in files.items()}
-    height, width = 64, 64 + 64 * columns  # of a row; the label takes one cell
-    sheet = Image.new("RGB", (width, height * len(images)), "white")
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    ends = [ruler.multiline_textbbox((4, 0), label_of(name))[2] for name in images]
+    left = max(64, *(math.ceil(end) + 4 for end in ends))  # the labels' cell
+    sheet = Image.new("RGB", (left + 64 * columns, 64 * len(images)), "white")
     for i, (name, line) in enumerate(images.items()):
-        ImageDraw.Draw(sheet).text((4, height * i + 24), name.upper(), fill="black")
+        ImageDraw.Draw(sheet).multiline_text((4, 64 * i + 18), label_of(name), fill="black")
         for j, image in enumerate(line):
             pixels = image[:, :, 0] if image.shape[2] == 1 else image
             cell = Image.fromarray(pixels).convert("RGB").resize((62, 62))
-            sheet.paste(cell, (64 + 64 * j, height * i))
+            sheet.paste(cell, (left + 64 * j, 64 * i))
     with atomic_write(path) as file:
         sheet.save(file, "png")
 
@@ -190,7 +202,7 @@ def check_all(network, reference, made_here, todo, folder):
 def main(args):
     at_least_one(args, "batch_size")
     group, path = join_process_group(), args.run / "metrics.json"
-    rows, files = read_rows(path), sorted(args.run.glob("samples_*.npz"))
+    rows, files = sorted(read_rows(path), key=by_bits), sorted(args.run.glob("samples_*.npz"))
     if not files:
         raise InputError(f"no samples_*.npz in {args.run}: run 04_sample.py first")
     reference = read_reference(args.reference)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from functools import partial
 from hashlib import sha256
@@ -331,6 +332,37 @@ def test_comparison_shows_only_images_that_were_scored(run, evaluate):
     assert evaluate(run).returncode == 0
     assert len(json.loads((run / "metrics.json").read_text())["rows"]) == 4
     assert Image.open(run / "comparison.png").size == (64 * 11, 64)  # none pairs up with fp now
+
+
+METHODS = (
+    "fp", "w8a8", "w8a8_htg", "w6a6", "w4a8", "w4a8_ptq4dit", "w4a8_qdiffusion_r1", "w4a8_tcaqdm",
+    "w4a4_ditas",
+)  # fmt: skip
+
+
+def test_all_methods_of_a_run_stand_side_by_side(run, evaluate):
+    """Ordered by bits, then 03's before the methods by name, whose digits are no bits, also where
+    metrics.json was not; no name runs into its numbers, in the table, or its images."""
+    images = np.load(run / "samples_fp.npz")["arr_0"]
+    for name in METHODS[:0:-1]:
+        save_samples(run / f"samples_{name}.npz", images ^ 1)
+    out = evaluate(run)
+    assert out.returncode == 0, out.stderr
+    rows = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(rows | dict(rows=rows["rows"][::-1])))
+    for lines in (out.stdout.splitlines(), evaluate(run).stdout.splitlines()):
+        table = lines[1 : 2 + len(METHODS)]
+        assert [line.split()[0] for line in table] == ["name", *METHODS]
+        assert len({re.search(r" 12(?= )| num_images", line).end() for line in table}) == 1
+    sheet = np.array(Image.open(run / "comparison.png").convert("L"))
+    left = sheet.shape[1] - 64 * 10
+    assert sheet.shape[0] == 64 * len(METHODS) and left > 64
+    first = Image.fromarray(images[0, :, :, 0]).resize((62, 62))
+    assert np.array_equal(sheet[:62, left : left + 62], np.array(first))
+    labels = (sheet[:, :left] < 128).reshape(len(METHODS), 64, left)
+    assert labels.any((1, 2)).all() and not labels[:, :, -3:].any() and not labels[:, -3:].any()
+    lines_of_text = [np.diff(ink.any(1).astype(int)).clip(0).sum() for ink in labels]
+    assert lines_of_text == [1 + ("_" in name) for name in METHODS]
 
 
 def test_images_of_another_size_do_not_pair_up(run, evaluate, monkeypatch):

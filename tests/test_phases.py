@@ -21,6 +21,7 @@ from common.offload import unit_on, units
 from common.phase3 import Machine, Phase3
 from common.quant_file import make_quantizer, unpack_weight
 from common.report import signal_to_noise
+from common.trajectories import STREAM
 from common.unit_data import load_units, spread_rows
 
 PHASE1, PHASE3 = load_script("01_collect_calib"), load_script("03_quantize")
@@ -80,7 +81,7 @@ def test_collected_rows_lie_on_the_sampler_s_trajectory(tiny_run):
     s, rows = calib["settings"], calib["calibration"]
     labelled = (rows["y"] < model.num_classes).nonzero()[0]
     pick = rows["trajectory"][labelled].item()
-    generators = m.image_generators(s["seed"], [pick], PHASE1.STREAM)
+    generators = m.image_generators(s["seed"], [pick], STREAM)
     diffusion = m.Diffusion(s["steps"])
     path = dict(m.trajectory(model, diffusion, rows["y"][labelled], generators, s["cfg_scale"]))
     for i in (rows["trajectory"] == pick).nonzero()[:, 0]:
