@@ -6,7 +6,7 @@ DEV = $(DONE:done=dev)
 RUN ?= runs/demo
 IMAGES ?= 100
 XL = benchmarks/calibration.py --model DiT-XL/2 --folder runs
-.PHONY: demo test test-all lint tables figures bench-gpu clean
+.PHONY: demo test test-all lint tables compare figures bench-gpu clean
 
 demo: $(DONE)  ## calibrate the demo DiT, quantize it to W8A8 and W6A6, sample, score
 	$(PY) 01_collect_calib.py --run $(RUN) --ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --steps 50 --cfg-scale 2
@@ -23,8 +23,8 @@ test-all: $(DEV)  ## the slow tests too, as CI does
 	$(PY) -m pytest -q
 lint: $(DEV)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-tables: $(DEV)  ## the paper's tables on the demo DiT; QUICK=1: half an hour on 2 cores
-	$(PY) benchmarks/tables.py $(if $(QUICK),--quick)
+tables compare: $(DEV)  ## on the demo DiT the paper's tables; all methods; QUICK=1: in an hour on 2 cores
+	$(PY) benchmarks/$@.py $(if $(QUICK),--quick)
 figures: $(DEV)  ## pictures of that sweep, into docs/; QUICK=1 as for tables
 	$(PY) benchmarks/figures.py --run runs/tables/$(if $(QUICK),quick/T100_seed0,full/T250_seed0)
 bench-gpu: $(DEV)  ## every figure that needs a GPU, into benchmarks/results_gpu.md

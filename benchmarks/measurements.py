@@ -8,7 +8,7 @@ import torch
 
 from processes import ROOT, hardware
 from random_run import released_layers
-from scores import centred, pick_device
+from scores import pick_device
 from sweep import PLUS
 
 from common.checkpoints import load_calib, load_calibrated
@@ -26,10 +26,8 @@ def measure(sweep, scores, row):
     """Everything known of one model."""
     quant, samples = quant_path(sweep, row), samples_path(sweep, row)
     twin, settings = sweep.run(row.steps) / "samples_fp.npz", load_quant(quant)["settings"]
-    report, psnrs = load_quant(quant)["report"], scores.psnr(samples, twin)
-    ratio = scores.of(samples)["fd"] / scores.of(twin)["fd"]
-    drawn = np.log(scores.drawn_fd(samples) / scores.drawn_fd(twin))
-    return common_columns(sweep, row.steps) | dict(
+    report = load_quant(quant)["report"]
+    return common_columns(sweep.args.name, row.steps, sweep.args.num_images) | dict(
         model=row.name,
         calibration_seed=row.seed,
         rows=settings["rows"] or 320,
@@ -39,11 +37,7 @@ def measure(sweep, scores, row):
         snr_per_group=report["snr_per_group"],
         weighted_error=sum(cost_by_kind(sweep, row).values()),
         mib=quant.stat().st_size / 2**20,
-        **scores.metrics(samples),
-        psnr=psnrs.mean(),
-        psnr_interval=scores.interval(psnrs),
-        fd_ratio=ratio,
-        fd_ratio_interval=np.exp(centred(np.log(ratio), drawn)).tolist(),
+        **scores.against(samples, twin),
     )
 
 
@@ -51,12 +45,13 @@ def full_precision_row(sweep, scores, steps):
     """The same of the full-precision model at this T."""
     run, size = sweep.run(steps), (ROOT / "demo" / "dit_mnist.pt").stat().st_size / 2**20
     found = scores.metrics(run / "samples_fp.npz") | dict(commands=commands(run, "fp"))
-    return common_columns(sweep, steps) | dict(model="fp", mib=size) | found
+    common = common_columns(sweep.args.name, steps, sweep.args.num_images)
+    return common | dict(model="fp", mib=size) | found
 
 
-def common_columns(sweep, steps):
-    images = dict(num_images=sweep.args.num_images, image_seed=0)
-    return dict(sweep=sweep.args.name, steps=steps, **images, hardware=hardware(pick_device()))
+def common_columns(name, steps, num_images):
+    images = dict(num_images=num_images, image_seed=0)
+    return dict(sweep=name, steps=steps, **images, hardware=hardware(pick_device()))
 
 
 def quant_path(sweep, row):
@@ -78,16 +73,16 @@ def compare(sweep, scores, row, other):
     the ratio of their weighted errors, Eq. (16), over the layers that both quantize on tokens."""
     files = [samples_path(sweep, row), samples_path(sweep, other)]
     twin = sweep.run(row.steps) / "samples_fp.npz"
-    gain = scores.psnr(files[0], twin) - scores.psnr(files[1], twin)
+    gain, gain_interval = scores.psnr_gain(*files, twin)
     snr, interval = scores.snr_change(quant_path(sweep, row), quant_path(sweep, other))
     errors = [sum(cost_by_kind(sweep, one).values()) for one in (row, other)]
     return dict(
         models=[row.name, other.name],
         steps=row.steps,
-        num_images=len(gain),
+        num_images=sweep.args.num_images,
         weighted_error=errors[0] / errors[1],
-        psnr_gain=gain.mean(),
-        psnr_gain_interval=scores.interval(gain),
+        psnr_gain=gain,
+        psnr_gain_interval=gain_interval,
         snr_gain=snr,
         snr_gain_interval=interval,
     )

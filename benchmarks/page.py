@@ -1,7 +1,9 @@
 """The section of results.md that a sweep of tables.py writes."""
 
+import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -224,14 +226,22 @@ def render(sweep, scores, tables, found):
 
 def command_line():
     """How to run this sweep again; where it writes is the reader's choice."""
-    flags = " ".join(["python benchmarks/tables.py", *sys.argv[1:]])
-    return re.sub(r" --(out|runs) \S+", "", flags)
+    script = f"python benchmarks/{Path(sys.argv[0]).name}"
+    return re.sub(r" --(out|runs|from) \S+", "", " ".join([script, *sys.argv[1:]]))
 
 
-def write_section(path, name, text):
-    """Put a sweep's section in its place in results.md, or, if it is new, at the end."""
+def write_results(path, name, values):
+    """Put a sweep's values in results.json, with the command that makes them."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[name] = dict(command=command_line(), torch=str(torch.__version__)) | values
+    with atomic_write(path) as file:
+        file.write(json.dumps(results, indent=1).encode())
+
+
+def write_section(path, name, text, introduction=INTRODUCTION):
+    """Put a sweep's section in its place on a page, or, if it is new, at the end."""
     begin, end = f"<!-- sweep {name} -->", f"<!-- end of {name} -->"
-    old = path.read_text() if path.exists() else INTRODUCTION
+    old = path.read_text() if path.exists() else introduction
     before, found, after = old.partition(begin)
     after = after.partition(end)[2] if found else "\n"
     new = f"{before}{begin}\n\n{text}\n{end}{after}"

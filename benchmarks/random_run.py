@@ -63,12 +63,12 @@ def write_run(run, config, rows, groups):
     save_artifact(run / "calib.pt", head)
 
 
-def run_phase(name, *flags, launcher=()):
+def run_phase(name, *flags, launcher=(), **environment):
     """A script as a process: seconds, peak MiB of host memory, what it printed."""
     with tempfile.TemporaryFile("w+") as out:
-        status, seconds, peak = timed([*launcher, ROOT / f"{name}.py", *flags], out)
+        used = timed([*launcher, ROOT / f"{name}.py", *flags], out, **environment)
         out.seek(0)
         text = out.read()
-    if status:
+    if used.status:
         raise InputError(f"{name}.py failed: {text.strip().rpartition(chr(10))[2]}")
-    return seconds, peak, text
+    return used.seconds, used.peak_mib, text

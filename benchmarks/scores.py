@@ -7,6 +7,7 @@ from processes import ROOT
 
 from common.artifacts import load_tensors
 from common.checkpoints import load_calib, load_calibrated
+from common.cli import InputError
 from common.metrics import coverage, frechet_distance, inception_score, moments, psnr
 from common.mnist_classifier import FeatureNet
 from common.quant_file import build_quantized, load_quant
@@ -30,10 +31,11 @@ def load_feature_network():
 
 
 class Scores:
-    """Features, PSNR and bootstrap intervals of samples; each file is looked at only once."""
+    """Features, PSNR and bootstrap intervals of the first `num_images` samples of each file, which
+    is looked at only once."""
 
     def __init__(self, num_images):
-        self.device = pick_device()
+        self.device, self.num_images = pick_device(), num_images
         self.network = load_feature_network().to(self.device)
         with np.load(ROOT / "demo" / "reference_mnist.npz") as reference:
             self.reference = {key: reference[key] for key in reference}
@@ -45,7 +47,9 @@ class Scores:
         """Images and features of a file of samples, and its metrics."""
         if path not in self.files:
             with np.load(path) as file:
-                images = file["arr_0"]  # (N, H, W, C)
+                images = file["arr_0"][: self.num_images]  # (N, H, W, C)
+            if len(images) < self.num_images:
+                raise InputError(f"{path} has {len(images)} images, not {self.num_images}")
             batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(BATCH)
             outputs = [self.network(x.to(self.device) / 127.5 - 1) for x in batches]
             features, spatial, logits = (torch.cat(x) for x in zip(*outputs, strict=True))
@@ -77,10 +81,27 @@ class Scores:
             file["drawn"] = np.array([self.frechet(statistics) for statistics in found])
         return file["drawn"]
 
+    def fd_ratio(self, path, other):
+        """Frechet distance of one file over that of another, and its 95 % bootstrap interval."""
+        ratio = self.of(path)["fd"] / self.of(other)["fd"]
+        drawn = np.log(self.drawn_fd(path) / self.drawn_fd(other))
+        return ratio, np.exp(centred(np.log(ratio), drawn)).tolist()
+
     def psnr(self, path, twin):
         """(N,) PSNR of each image against its full-precision twin, dB."""
         pairs = zip(self.of(path)["images"], self.of(twin)["images"], strict=True)
         return np.array([psnr([image], [other]) for image, other in pairs])
+
+    def psnr_gain(self, path, other, twin):
+        """Mean PSNR of one file less that of another, dB, and its 95 % bootstrap interval."""
+        gain = self.psnr(path, twin) - self.psnr(other, twin)
+        return gain.mean(), self.interval(gain)
+
+    def against(self, path, twin):
+        """What is known of a file beside its full-precision twin; for results.json."""
+        psnrs, (ratio, interval) = self.psnr(path, twin), self.fd_ratio(path, twin)
+        found = dict(psnr=psnrs.mean(), psnr_interval=self.interval(psnrs))
+        return self.metrics(path) | found | dict(fd_ratio=ratio, fd_ratio_interval=interval)
 
     def interval(self, values):
         """95 % bootstrap interval of the mean of values (N,), by the same draws."""

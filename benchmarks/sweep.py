@@ -1,22 +1,9 @@
-"""The jobs of a sweep of tables.py: commands in stages, each run once, with its time and memory."""
+"""The models of a sweep of tables.py, and the jobs that make them."""
 
-import json
-import os
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from tqdm import tqdm
+from jobs import Jobs
 
-from processes import ROOT, timed
-
-from common.artifacts import atomic_write
-from common.checkpoints import load_dit
-from common.cli import InputError
-
-DEMO = "--ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --cfg-scale 2".split()
 TQDIT, PLUS = "03_quantize.py", "methods/tqdit_plus.py"
 RUNGS = {  # Table III, in its order; "full" is the paper's method, without a tag
     "base": ["--metric", "mse", "--no-mrq", "--no-tgq"],
@@ -25,11 +12,16 @@ RUNGS = {  # Table III, in its order; "full" is the paper's method, without a ta
     "full": [],
     "tensor": ["--weight-granularity", "tensor"],  # the authors' granularity, D5
 }
+STATIC = "--input-group none --no-dynamic-products --weight-group none --no-hadamard".split()
 LADDER = {  # what methods/tqdit_plus.py is made of: each rung adds one thing
-    "edge": "--cond-bits none --no-tgq-inputs --no-smoothquant --rounding nearest".split(),
-    "inputs": "--cond-bits none --no-smoothquant --rounding nearest".split(),
-    "smoothquant": "--cond-bits none --rounding nearest".split(),
-    "gptq": "--cond-bits none".split(),
+    "edge": "--cond-bits none --no-tgq-inputs --no-smoothquant --rounding nearest".split() + STATIC,
+    "inputs": "--cond-bits none --no-smoothquant --rounding nearest".split() + STATIC,
+    "smoothquant": "--cond-bits none --rounding nearest".split() + STATIC,
+    "gptq": "--cond-bits none".split() + STATIC,
+    "static": STATIC,
+    "dynamic": "--no-dynamic-products --weight-group none --no-hadamard".split(),
+    "products": "--weight-group none --no-hadamard".split(),
+    "hadamard": "--weight-group none".split(),
     "plus": [],
 }
 VARIANTS = {tag: (TQDIT, flags) for tag, flags in RUNGS.items()}
@@ -82,27 +74,12 @@ class Row(NamedTuple):
         return f"w{self.bits[0]}a{self.bits[1]}" + f"_{self.tag}" * (self.tag != "full")
 
 
-class Job(NamedTuple):
-    """A command. Its cost is in forward passes of one row, and only serves the progress bar."""
-
-    run: Path
-    name: str
-    command: list
-    cost: float
-
-    def path(self, suffix):
-        return self.run / "jobs" / f"{self.name}.{suffix}"
-
-    def is_done(self):
-        return self.path("json").exists()
-
-
-class Sweep:
-    """The jobs of a sweep in stages; those of one stage do not depend on each other."""
+class Sweep(Jobs):
+    """The jobs of a sweep of tables.py."""
 
     def __init__(self, args):
-        self.args, self.stages = args, [[] for _ in range(4)]
-        self.folder = args.runs / args.name
+        super().__init__()
+        self.args, self.folder = args, args.runs / args.name
 
     def run(self, steps, seed=0, tag=""):
         """The run's folder; gradients of another eps need one of their own."""
@@ -113,10 +90,8 @@ class Sweep:
 
     def calibrate(self, row):
         """Phases 1 and 2 of a row."""
-        run, eps = self.run_of(row), "renoise" if row.tag == "renoise" else "implied"
-        flags = [*DEMO, "--steps", row.steps, "--seed", row.seed]
-        self.add(0, run, "01", ["01_collect_calib.py", *flags], 2 * 80 * row.steps)
-        self.add(1, run, "02", ["02_grad_cache.py", "--eps", eps], 4 * 320)
+        eps = "renoise" if row.tag == "renoise" else "implied"
+        super().calibrate(self.run_of(row), row.steps, row.seed, eps)
 
     def model(self, row):
         """Quantize and sample a row's model."""
@@ -135,53 +110,3 @@ class Sweep:
         images = ["--num-images", self.args.num_images]
         cost = 2.6 * self.args.num_images * steps
         self.add(3, run, f"04 {name}", ["04_sample.py", *flags, *images], cost)
-
-    def add(self, stage, run, name, command, cost):
-        job = Job(run, name, [*map(str, command), "--run", str(run)], cost)
-        if job not in self.stages[stage]:
-            self.stages[stage].append(job)
-
-    def go(self):
-        """Every job that is not done yet; on a CPU each core works on one of its own."""
-        cuda = torch.cuda.is_available()
-        workers = 1 if cuda else os.cpu_count()
-        todo = [[job for job in stage if not job.is_done()] for stage in self.stages]
-        total = sum(job.cost for stage in todo for job in stage)
-        minutes = total * seconds_per_row(cuda) / workers / 60
-        print(f"{sum(map(len, todo))} jobs, {workers} at a time, about {minutes:.0f} minutes")
-        bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        with tqdm(total=total, desc="tables", bar_format=bar_format) as bar:
-            for stage in todo:
-                with ThreadPoolExecutor(workers) as pool:
-                    for job in pool.map(perform, stage):
-                        bar.update(job.cost)
-
-
-def perform(job):
-    """Run a job's command; keep its wall time and peak memory. Stops the sweep if it fails."""
-    log = job.path("log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
-    with open(log, "wb") as file:
-        status, seconds, peak = timed(job.command, file, **threads)
-    if status:
-        command = " ".join(job.command)
-        raise InputError(f"{command} failed: see {log}; the same command continues")
-    found = dict(command=" ".join(job.command), seconds=seconds, peak_mib=peak)
-    with atomic_write(job.path("json")) as file:
-        file.write(json.dumps(found).encode())
-    return job
-
-
-@torch.no_grad()
-def seconds_per_row(cuda):
-    """One forward pass of the demo model, per row, measured now; for the estimate only."""
-    device, threads = "cuda" if cuda else "cpu", torch.get_num_threads()
-    torch.set_num_threads(threads if cuda else 1)
-    model = load_dit(ROOT / "demo" / "dit_mnist.pt")[0].to(device)
-    batch = torch.zeros(64, 1, 28, 28, device=device), torch.zeros(64, device=device).long()
-    model(*batch, batch[1])
-    start = time.monotonic()
-    model(*batch, batch[1]).cpu()
-    torch.set_num_threads(threads)
-    return (time.monotonic() - start) / 64

@@ -10,18 +10,15 @@ on where it was. On a CPU each core works on a job of its own.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from sweep import LADDER, PAIRS, RUNGS, Row, Sweep
 from measurements import full_precision_row, measure
-from page import command_line, render, write_section
+from page import render, write_results, write_section
 from scores import Scores
 
-from common.artifacts import atomic_write
 from common.cli import at_least_one, run_script, whole_number
 
 BITS = ((6, 6), (4, 8))  # of Table III, and of the ladder beyond it, those of --bits
@@ -94,7 +91,7 @@ def plan(args):
 
 def main(args):
     sweep, tables = plan(args)
-    sweep.go()
+    sweep.go("tables")
     rows = sorted({row for table in tables.values() for row in table}, key=str)
     scores = Scores(args.num_images)
     bar = tqdm(rows, desc="scores", unit="model")
@@ -102,12 +99,7 @@ def main(args):
     at = sorted({row.steps for row in rows})
     everything = [full_precision_row(sweep, scores, steps) for steps in at] + list(found.values())
     text, values = render(sweep, scores, tables, found)
-    path = args.out / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    versions = dict(command=command_line(), torch=str(torch.__version__))
-    results[args.name] = versions | dict(rows=everything) | values
-    with atomic_write(path) as file:
-        file.write(json.dumps(results, indent=1).encode())
+    write_results(args.out / "results.json", args.name, dict(rows=everything) | values)
     write_section(args.out / "results.md", args.name, text)
     print(f"wrote {args.out}/results.md and results.json: {len(everything)} rows")
 

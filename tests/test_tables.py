@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import ROOT, parsed
 
 from common.checkpoints import load_calib, load_calibrated
 from common.cli import InputError
@@ -14,6 +14,7 @@ from models_dit import Diffusion
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import jobs  # noqa: E402
 import measurements  # noqa: E402
 import page  # noqa: E402
 import scores  # noqa: E402
@@ -25,15 +26,6 @@ from sweep import Row  # noqa: E402
 def options(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["tables.py", *flags])
     return tables.parse_args()
-
-
-def parsed(monkeypatch, command):
-    """What the script of a job makes of its flags."""
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    script = load_script(command[0].removesuffix(".py"))
-    args = script.parse_args()
-    getattr(script, "check", lambda _: None)(args)
-    return args
 
 
 def test_every_command_of_the_plan_is_one_its_script_accepts(monkeypatch):
@@ -82,13 +74,15 @@ def test_only_leaves_the_other_tables_out(monkeypatch):
 def test_a_failed_job_stops_the_sweep_and_leaves_no_record(tmp_path):
     """Then one that goes well, with its record."""
     command = ["03_quantize.py", "--run", str(tmp_path), "--wbits", "9"]
-    job = sweep.Job(tmp_path, "03 x", command, 1)
+    job = jobs.Job(tmp_path, "03 x", command, 1)
     with pytest.raises(InputError, match="03 x.log"):
-        sweep.perform(job)
+        jobs.perform(job)
     assert not job.is_done() and "abits" in job.path("log").read_text()
-    good = sweep.Job(tmp_path, "help", ["benchmarks/tables.py", "--help"], 1)
-    assert sweep.perform(good).is_done()
-    assert json.loads(good.path("json").read_text()).keys() == {"command", "seconds", "peak_mib"}
+    good = jobs.Job(tmp_path, "help", ["benchmarks/tables.py", "--help"], 1)
+    assert jobs.perform(good).is_done()
+    assert json.loads(good.path("json").read_text()).keys() == {
+        "command", "seconds", "cpu_seconds", "peak_mib",
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
