@@ -137,7 +137,7 @@ def contenders(name, args):
     runs, models = {}, {FULL: model}
     for bits in args.bits:
         for engine in args.engines:
-            label = f"W{bits[0]}A{bits[1]}" + (", --engine int8" if engine == "int8" else "")
+            label = f"W{bits[0]}A{bits[1]}" + ("" if engine == "float" else f", --engine {engine}")
             batch = x, torch.full_like(y, 500), y
             models[label] = quantize(model, config, batch, bits, engine)
     for label, found in models.items():
@@ -201,7 +201,7 @@ def parse_args():
     p.add_argument("--models", nargs="+", choices=("demo", "xl"), default=["demo", "xl"])
     p.add_argument("--blocks", type=int, help="of DiT-XL/2, if not all 28")
     p.add_argument("--bits", type=widths, nargs="+", default=[(8, 8)], help="such as 8/8 6/6 4/8")
-    engines = ("float", "int8")
+    engines = ("float", "int8", "int8-folded")
     p.add_argument("--engines", nargs="+", choices=engines, default=["float"], help="of 04")
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--rounds", type=int, default=9)

@@ -19,6 +19,9 @@ from common.weight_files import config_beside, find_weights, load_weights
 from models_dit import DiT, DiT_models
 
 DIT_URL = "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-{0}x{0}.pt"
+MIRROR = (
+    "TQ_DIT_MIRROR"  # environment: an address with the same files, each by its name in the cache
+)
 HEADS = {spec["hidden_size"]: spec["num_heads"] for spec in DiT_models.values()}
 
 
@@ -26,6 +29,8 @@ def download(url, name, sha256_prefix=""):
     """Fetch a public file into the cache ($XDG_CACHE_HOME/tq-dit), resuming a partial download."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tq-dit"
     target, partial = cache / name, cache / (name + ".part")
+    if os.environ.get(MIRROR):
+        url = f"{os.environ[MIRROR].rstrip('/')}/{name}"
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)

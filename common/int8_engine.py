@@ -1,26 +1,34 @@
-"""A quant file as a model that computes on its codes: `04_sample.py --engine int8`."""
+"""A quant file as a model that computes on its codes: `04_sample.py --engine int8`.
+
+With `int8-folded` MRQ's two regions of fc2's inputs become one grid of 8 bits, where the product of
+such codes is exact: one product in place of two, and codes that are no longer the paper's.
+"""
 
 from collections import Counter
+from functools import partial
+
+import torch
 
 from common import quant_file
-from engine.int8_linear import Int8Linear, PackedLinear, signed_weight, why_not
-from quant_ops import FullPrecision
+from common.packing import unpack_codes
+from engine import int8_cuda
+from engine.int8_linear import Int8Linear, PackedLinear, folded, signed_weight, why_not
+from quant_ops import GeluQuantizer
 
 BEYOND = dict(  # what layers of other methods have that this engine has not
-    view="scales within a row of the weight", shift="shifted inputs", low_rank="a low-rank branch"
+    view="scales within a row of the weight", shift="shifted inputs",
+    low_rank="a low-rank branch", regroup="time groups of its own", hadamard="rotated inputs",
 )  # fmt: skip
+CPU = torch.device("cpu")
 
 
 def build(artifact, source, engine, device):
     """The quantized model, its linear layers in floating point or, where they can be, on integer
-    codes; one printed line says which."""
+    codes; one printed line says which. The artifact's layers are used up."""
     if engine == "float":
-        return quant_file.build_quantized(artifact, source)
-    if device.type != "cpu":
-        print("engine int8: not on CUDA yet; all layers in floating point")
-        return quant_file.build_quantized(artifact, source)
-    int8 = Int8Engine()
-    model = quant_file.build_quantized(artifact, source, int8.make_layer)
+        return quant_file.build_quantized(artifact, source, keep=False)
+    int8 = Int8Engine(engine, device)
+    model = int8.fuse(quant_file.build_quantized(artifact, source, int8.make_layer, keep=False))
     print(int8.describe())
     return model
 
@@ -28,38 +36,68 @@ def build(artifact, source, engine, device):
 class Int8Engine:
     """Makes the layers of one model, and counts those on integers and why the others are not."""
 
-    def __init__(self):
-        self.on_integers, self.reasons = 0, Counter()
+    def __init__(self, name="int8", device=CPU):
+        self.name, self.on_integers, self.reasons = name, 0, Counter()
+        self.after_gelu = Counter()
+        self.why_not, self.linear, self.no_triton = why_not, Int8Linear, None
+        if device.type == "cuda":
+            self.no_triton = int8_cuda.why_no_triton(device)
+            self.why_not = partial(int8_cuda.why_not, device=device)
+            self.linear = partial(int8_cuda.Int8LinearCUDA, triton=not self.no_triton)
 
     def make_layer(self, state):
         """The layer of a state on integers, or where that cannot be exact in floating point."""
-        if state["type"] != "linear":
-            what = "convolution" if state["type"] == "conv" else "products of activations"
-            return self.float_layer(state, what)
-        beyond = [what for key, what in BEYOND.items() if key in state or key in state["weight"]]
-        if state["act"]["type"] == "dynamic":
-            beyond.append("dynamic scales of inputs")
-        if beyond:
-            return self.float_layer(state, beyond[0])
-        act, packed = quant_file.make_quantizer(state["act"]), state["weight"]
-        codes = quant_file.unpack_codes(packed["codes"], packed["bits"], packed["shape"])
-        v, correction = signed_weight(codes, packed["zero_point"], packed["bits"])
-        if isinstance(act, FullPrecision):
-            self.reasons["weights packed, inputs in full precision"] += 1
-            return PackedLinear(v, correction, packed["scale"], state["bias"])
-        reason = why_not(v, act)
+        reason = self.beyond(state)
         if reason:
             return self.float_layer(state, reason)
+        act, packed = quant_file.make_quantizer(state["act"]), state["weight"]
+        codes = unpack_codes(packed["codes"], packed["bits"], packed["shape"])
+        v, correction = signed_weight(codes, packed["zero_point"], packed["bits"])
+        act, how = self.fold(v, act)
+        reason, smooth = self.why_not(v, act), state.get("smooth")
+        if reason:  # the product is in floating point, the weight stays int8 in memory
+            self.reasons[reason] += 1
+            return PackedLinear(v, correction, packed["scale"], state["bias"], act, smooth)
         self.on_integers += 1
-        smooth = state.get("smooth")
-        return Int8Linear(v, correction, packed["scale"], state["bias"], act, smooth)
+        self.after_gelu.update([how] if how else [])
+        return self.linear(v, correction, packed["scale"], state["bias"], act, smooth)
+
+    def beyond(self, state):
+        """What a state has that is no product of codes here; "" if nothing."""
+        if state["type"] != "linear":
+            return "convolution" if state["type"] == "conv" else "products of activations"
+        found = [what for key, what in BEYOND.items() if key in state or key in state["weight"]]
+        found += ["dynamic scales of inputs"] * (state["act"]["type"] == "dynamic")
+        found += ["a bias for each time group"] * (state["bias"].ndim > 1)
+        return found[0] if found else ""
+
+    def fold(self, v, act):
+        """The quantizer of the inputs, after GELU folded if that is asked for and exact; how."""
+        if not isinstance(act, GeluQuantizer):
+            return act, ""
+        if self.name == "int8-folded" and not self.why_not(v, folded(act)):
+            return folded(act), "folded to 8 bits, one product"
+        return act, "exact, two products"
 
     def float_layer(self, state, reason):
         self.reasons[reason] += 1
         return quant_file.make_layer(state)
 
+    def fuse(self, model):
+        """The model; with Triton, GELU and the quantization after it become the end of fc1."""
+        for block in model.blocks if self.no_triton == "" else ():
+            fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+            if all(isinstance(layer, int8_cuda.Int8LinearCUDA) for layer in (fc1, fc2)):
+                block.mlp = int8_cuda.Int8Mlp(fc1, fc2)
+        return model
+
     def describe(self):
-        """One line: how many layers are on integers, and why the others are not."""
+        """One line: how many layers are on integers, whose product it is, what became of MRQ, and
+        why the others are not."""
+        line = f"engine {self.name}: {self.on_integers} layers on integer codes"
+        if self.no_triton is not None:
+            line += f" by torch._int_mm ({self.no_triton})" if self.no_triton else " by Triton"
+        for how, count in self.after_gelu.items():
+            line += f"; {count} of them after GELU (MRQ {how})"
         others = ", ".join(f"{count} ({reason})" for reason, count in self.reasons.items())
-        line = f"engine int8: {self.on_integers} layers on integer codes"
         return line + (f"; in floating point {others}" if others else "")

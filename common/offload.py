@@ -4,6 +4,7 @@ Units are the pieces that Phases 2 and 3 take one after the other: the embedder,
 final layer. Everything inside a unit follows from its inputs and the gradient at its outputs.
 """
 
+import ctypes
 from contextlib import contextmanager
 
 import torch
@@ -84,6 +85,13 @@ def prefetch(chunks, device):
         work.wait_stream(copies)
         following = fetch(i + 1) if i + 1 < len(chunks) else None
         yield here
+
+
+def give_back_memory():
+    """Return freed host memory to the system: glibc keeps what lies between blocks still in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def pinned(x, device):

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from engine.int_products import MAX_INPUTS
 from engine.onednn import pair_limit, u8s8
-from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, quantize
+from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, qparams_from_range, quantize
 
 # ------------------------------------------------------------------------------------------------
 # The product
 
 
-@torch.library.custom_op("tqdit::int8_product", mutates_args=())
 def int8_product(
     codes: Tensor,
     scale: Tensor,
@@ -32,10 +31,7 @@ def int8_product(
     w_scale: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """`u8s8` with a scale and zero point for each time group, (G,), given the rows' groups (R,).
-
-    An op of its own: the compiler's lowering of oneDNN's wants constants.
-    """
+    """`u8s8` with a scale and zero point for each time group, (G,), given the rows' groups (R,)."""
     if group is None or scale.ndim == 0:
         return u8s8(codes, scale, zero_point, weight, w_scale, bias)
     first = int(group[0])
@@ -48,13 +44,20 @@ def int8_product(
     return out
 
 
-@int8_product.register_fake
+# For the compiler, whose lowering of oneDNN's op wants constants. Called without it, an op of one's
+# own would only import the compiler: 70 MiB.
+int8_op = torch.library.custom_op("tqdit::int8_product", int8_product, mutates_args=())
+
+
+@int8_op.register_fake
 def _(codes, scale, zero_point, group, weight, w_scale, bias):
     return codes.new_empty(*codes.shape[:-1], len(w_scale), dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------
 # The layer
+
+AT_ONCE = 2**20  # numbers of a weight that are floating point at a time
 
 
 def signed_weight(codes: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
@@ -78,6 +81,13 @@ def why_not(v: Tensor, act: nn.Module) -> str:
     if 2 * int(v.to(torch.int16).abs().max()) * highest > pair_limit():
         return "this CPU's product of codes would saturate" if pair_limit() else "no such product"
     return ""
+
+
+def folded(act: GeluQuantizer) -> UniformQuantizer:
+    """The range of MRQ's two regions as one grid of 8 bits, so that the layer is one product, on
+    other codes than the paper's."""
+    half = 2 ** (act.bits - 1)
+    return UniformQuantizer(8, *qparams_from_range(-half * act.scale1, (half - 1) * act.scale2, 8))
 
 
 class Int8Linear(nn.Module):
@@ -110,7 +120,8 @@ class Int8Linear(nn.Module):
         """Of codes (..., I), whole numbers 0..255 in floats."""
         weight, w_scale = self.weight, self.w_scale
         q = codes.to(torch.uint8)
-        out = int8_product(q, scale, zero_point.int(), group, weight, w_scale, bias)
+        multiply = int8_op if torch.compiler.is_compiling() else int8_product
+        out = multiply(q, scale, zero_point.int(), group, weight, w_scale, bias)
         if self.correction is None:
             return out
         if group is not None and scale.ndim:
@@ -121,18 +132,28 @@ class Int8Linear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer on inputs in full precision whose weight stays int8 in memory; each call makes
-    it floating point again, for layers of few rows, as adaLN's."""
+    """`QuantLinear`, whose product is in floating point, with a weight that stays int8 in memory:
+    each call makes some of its rows floating point again, then the next."""
 
-    def __init__(self, v, correction, w_scale, bias):
+    def __init__(self, v, correction, w_scale, bias, act, smooth=None):
+        """As `Int8Linear`, `act` being any quantizer."""
         super().__init__()
         self.register_buffer("weight", v)
         self.register_buffer("correction", correction)
-        self.register_buffer("w_scale", w_scale)
+        self.register_buffer("w_scale", w_scale.flatten().expand(len(v)).contiguous())
         self.register_buffer("bias", bias)
+        self.register_buffer("smooth", smooth)
+        self.act = act
 
     def forward(self, x, group=None):
-        weight = self.weight.to(x.dtype)
+        x = self.act(x if self.smooth is None else x / self.smooth, group)
+        count = max(1, AT_ONCE // self.weight.shape[1])
+        rows = [slice(at, at + count) for at in range(0, len(self.weight), count)]
+        return torch.cat([F.linear(x, self.floats(part), self.bias[part]) for part in rows], dim=-1)
+
+    def floats(self, part):
+        """These rows of the weight, in float32."""
+        weight = self.weight[part].float()
         if self.correction is not None:
-            weight -= self.correction[:, None]
-        return F.linear(x, weight.mul_(self.w_scale), self.bias)
+            weight -= self.correction[part, None]
+        return weight.mul_(self.w_scale[part, None])

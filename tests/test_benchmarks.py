@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, needs_fake_cuda, refused, run_in_process
+from conftest import ROOT, load_script, needs_fake_cuda, refused, run_in_process
 from torch.profiler import ProfilerActivity, profile
 
+from common.quant_file import load_quant
 from quant_ops import QuantLinear, QuantMatMul
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -50,6 +51,30 @@ def test_table_has_a_row_for_each_contender():
     assert torch.__version__ in result.stdout.splitlines()[0]
     assert re.search(r"\| ours, full precision \| [\d.]+ \| 1.00 \|", result.stdout)
     assert re.search(r"\| W8A8 \| [\d.]+ \| [\d.]+ \|", result.stdout)
+
+
+def test_layers_alone_have_a_row_for_each_way(monkeypatch):
+    """DiT-XL/2's layers, here small: full precision's ratio is 1; folded is asked of fc2 alone."""
+    script, small = load_script("benchmarks/engine_layers"), dict(hidden_size=32, num_heads=4)
+    monkeypatch.setattr(script, "CONFIG", CONFIG | small | dict(input_size=32, depth=1))
+    result = run(
+        "engine_layers", *"--rows 256 --bits 6/6 --rounds 1 --steps 1 --no-compile".split()
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"\| fp32 \| [\d.]+ \| 1.00 \|", result.stdout)) == 5
+    ways = re.findall(r"\| (\S+) \| --engine (\S+) \| [\d.]+ \|", result.stdout)
+    assert [name for name, way in ways if way == "int8-folded"] == ["mlp.fc2", "mlp"]
+    assert len(ways) == 5 + 2
+
+
+def test_engine_error_s_columns_are_those_of_the_report(tiny_run):
+    """Fake quantization's SNR is 03's, to rounding; the engines' are near."""
+    result = run("engine_error", "--run", tiny_run, "--models", "w6a6")
+    assert result.returncode == 0, result.stderr
+    found = [float(x) for x in result.stdout.splitlines()[-1].split("|")[2:-1]]
+    report = load_quant(tiny_run / "quant_w6a6.pt")["report"]
+    assert len(found) == 4 and abs(found[0] - report["snr_weighted"]) < 0.02
+    assert max(found) - min(found) < 3
 
 
 def test_checkout_that_is_none_is_refused_in_one_line():

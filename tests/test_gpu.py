@@ -66,7 +66,8 @@ def test_linear_search_on_integers_equals_the_cpu_s(post_gelu, tgq_inputs):
     """Phase 3 takes the integer unit on CUDA and chooses the CPU's scales."""
     cfg = PLUS.Settings(
         wbits=6, abits=6, metric="hessian", rounds=2, edge_bits=None, cond_bits=None,
-        tgq_inputs=tgq_inputs, smoothquant=False, rounding="nearest", rows=None, tag="plus",
+        tgq_inputs=tgq_inputs, smoothquant=False, rounding="nearest", input_group=None,
+        dynamic_products=False, weight_group=None, hadamard=False, rank=None, rows=None, tag="plus",
     )  # fmt: skip
     found = []
     for device in (CPU, CUDA):

@@ -22,6 +22,7 @@ MAY_IMPORT = {name: LIBRARIES | RUNTIME for name in [*SCRIPTS, "methods", "demo"
     "quant_ops.py": {"torch"},
     "models_dit.py": {"torch", "numpy"},
     "engine": {"quant_ops", "models_dit", "engine"} | RUNTIME,
+    "engine/triton_kernels.py": {"torch", "triton"},  # itself imported inside functions alone
     "common": {"quant_ops", "models_dit", "engine", "common"} | RUNTIME,
     "benchmarks": LIBRARIES | BENCHMARKS | RUNTIME | {"matplotlib"},
     "test_quant_ops.py": {"quant_ops", "pytest", "torch"},
@@ -61,6 +62,14 @@ def test_imports_go_one_way(name):
     assert not {*imported(TREES[name].body)} - allowed
     optional = INSIDE_A_FUNCTION.get(name, set())
     assert not {*imported(ast.walk(TREES[name]))} - allowed - optional
+
+
+def test_triton_is_asked_for_only_when_it_is_used():
+    """It comes with torch for CUDA alone: nobody's import needs the module of its kernels."""
+    text = {name: (ROOT / name).read_text() for name in TREES if not name.startswith("tests/")}
+    lines = [x for source in text.values() for x in source.splitlines() if "triton_kernels" in x]
+    imports = [x for x in lines if x.lstrip().startswith(("import ", "from "))]
+    assert imports and all(x.startswith("    ") for x in imports)
 
 
 def test_runtime_packages_are_those_of_requirements():

@@ -114,3 +114,64 @@ def test_model_of_a_quant_file_runs_on_integers(tiny_run):
     assert (found - expected).norm() < 0.05 * expected.norm()  # codes at ties may differ
     compiled = torch.compile(integers, backend="aot_eager")  # the op can be traced
     torch.testing.assert_close(compiled(x, t, y), found)
+
+
+# ------------------------------------------------------------------------------------------------
+# --engine int8-folded
+
+
+def test_folded_grid_covers_both_regions():
+    """Both ends of MRQ's range, for each time group, to half a step of the 8-bit grid; and 0."""
+    act = quantizer("gelu", 6, torch.tensor([1.0, 1.5, 0.7]))
+    ends = torch.stack([-32 * act.scale1, 31 * act.scale2])
+    whole, group = e.folded(act), torch.arange(3)
+    assert whole.bits == 8 and torch.equal(whole.zero_point, (-ends[0] / whole.scale).round())
+    torch.testing.assert_close(whole.scale, (ends[1] - ends[0]) / 255)
+    for x in ends:
+        assert ((whole(2 * x, group) - x).abs() <= 0.501 * whole.scale).all()
+    assert (whole(torch.zeros(3), group) == 0).all()
+
+
+@needs_product
+@pytest.mark.parametrize("groups", [None, torch.tensor([2, 0, 1, 1, 2, 0])])
+@pytest.mark.parametrize("w_bits, a_bits", [(4, 8), (6, 6)])
+def test_folded_layer_is_one_product_on_that_grid(w_bits, a_bits, groups, monkeypatch):
+    """Against fake quantization on the folded grid in float64; one call of the product."""
+    weight, Q_W = weight_and_grid(w_bits)
+    factor = torch.tensor(1.0) if groups is None else torch.tensor([1.0, 1.5, 0.7])
+    act, x, smooth = quantizer("gelu", a_bits, factor), torch.randn(6, 10, 200), torch.rand(200) + 1
+    engine, calls, product = Int8Engine("int8-folded"), [], e.int8_product
+    layer = engine.make_layer(state_of(weight, Q_W, act, smooth=smooth))
+    monkeypatch.setattr(e, "int8_product", lambda *args: calls.append(1) or product(*args))
+    found = layer(x, groups)
+    expected = F.linear(e.folded(act)(x / smooth, groups).double(), Q_W(weight).double())
+    expected += layer.bias.double()
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max() and len(calls) == 1
+    assert "1 of them after GELU (MRQ folded" in engine.describe()
+
+
+@needs_product
+@pytest.mark.parametrize("limit, how", [(onednn.SATURATING, "exact"), (onednn.EXACT, "folded")])
+def test_what_cannot_be_folded_exactly_stays_mrq(monkeypatch, limit, how):
+    """7-bit weights by 8-bit codes would saturate without VNNI, where MRQ's two products do not."""
+    monkeypatch.setattr(e, "pair_limit", lambda: limit)
+    weight, Q_W = weight_and_grid(7)
+    engine = Int8Engine("int8-folded")
+    state = state_of(weight, Q_W, quantizer("gelu", 7, torch.tensor(1.0)))
+    layer = engine.make_layer(state)
+    assert type(layer.act) is (q.GeluQuantizer if how == "exact" else q.UniformQuantizer)
+    assert engine.on_integers == 1 and f"1 of them after GELU (MRQ {how}" in engine.describe()
+
+
+@needs_product
+def test_sample_names_the_folded_mode(tiny_run, tmp_path, run_here):
+    """04 --engine int8-folded: one line, and images that are not taken for the exact mode's."""
+    (tmp_path / "quant_w6a6.pt").symlink_to(tiny_run / "quant_w6a6.pt")
+    flags = "--run", tmp_path, *"--wbits 6 --abits 6 --num-images 2 --engine".split()
+    for engine in ("int8", "int8-folded"):
+        result = run_here("04_sample", *flags, engine, "--force")
+        assert result.returncode == 0, result.stderr
+        line = next(x for x in result.stdout.splitlines() if x.startswith(f"engine {engine}:"))
+        assert ("MRQ folded" in line) == (engine == "int8-folded")
+    result = run_here("04_sample", *flags, "int8")
+    assert result.returncode == 2 and "--force" in result.stderr

@@ -14,7 +14,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LIVELY, ROOT, lively_dit, refused, run_in_process, snapshot, tiny_flags
+from conftest import (
+    LIVELY,
+    ROOT,
+    STATIC,
+    lively_dit,
+    refused,
+    run_in_process,
+    snapshot,
+    tiny_flags,
+)  # fmt: skip
 from PIL import Image
 
 import quant_ops as q
@@ -415,7 +424,7 @@ def plus_run(tiny_run, tmp_path_factory):
     """The tiny run's calibration and its quant files, one of all that tqdit_plus has too."""
     run = tmp_path_factory.mktemp("interop") / "run"
     shutil.copytree(tiny_run, run)
-    result = run_in_process("methods/tqdit_plus", "--run", run, *PLUS.split())
+    result = run_in_process("methods/tqdit_plus", "--run", run, *PLUS.split(), *STATIC)
     assert result.returncode == 0, result.stderr
     return run
 

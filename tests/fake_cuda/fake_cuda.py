@@ -39,6 +39,7 @@ def load_device():
 load_device()
 import torch  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
+from torch.utils._mode_utils import no_dispatch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 
 aten = torch.ops.aten
@@ -156,6 +157,9 @@ def dispatch(function, args, kwargs):
         check(function, args, tensors, on_device)
     with _disable_current_modes():
         out = function(*change(args, to_host), **{k: to_host(x) for k, x in kwargs.items()})
+        if torch.Tag.inplace_view in function.tags and on_device:
+            with no_dispatch():
+                function(*args, **kwargs)  # the shape that the tensor says it has, too
         if to_device != bool(on_device) and any(out is x for x in tensors):
             out = out.clone()
     if pin:

@@ -1,0 +1,185 @@
+"""Linear layers that multiply the codes of a quant file themselves, on CUDA.
+
+Weights stay int8 on the device, inputs become int8 codes, and sums are exact in int32: by Triton's
+kernel (triton_kernels.py), or where it is missing by `torch._int_mm` and what `torch.compile` makes
+of the rest. Quantizing the inputs is left to `torch.compile`, with the LayerNorm before it.
+
+    a = q_x - 2^(k-1), z = z_x - 2^(k-1); v = q_w - u, c = z_w - u, V = sum (q_w - z_w)
+    n = sum (q_x - z_x) (q_w - z_w) = sum a v  -  c sum a  -  z V            in int32
+    out = s_x n s_w + bias                                                   in float32
+After GELU (MRQ) an input's code is a = q_1 + q_2, of which one is 0: codes below zero are of R1,
+those above of R2. With n_1 of min(a, 0), n_2 of max(a, 0): out = (s_1 n_1 + s_2 n_2) s_w + bias.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.int_products import MAX_INPUTS, has_int_unit
+from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, quantize
+
+FEWEST_ROWS = 17  # that `_int_mm` takes on CUDA
+
+# ------------------------------------------------------------------------------------------------
+# The product: by Triton, or by torch
+
+
+@torch.library.custom_op("tqdit::triton_linear", mutates_args=())
+def triton_linear(
+    codes: Tensor,  # (..., I) int8
+    group: Tensor | None,  # (N,), of the first axis
+    grid: Sequence[Tensor | None],  # of the inputs: scale, scale2, zero_point, () or (G,)
+    row_sums: Sequence[Tensor],  # of the codes, of each region its own; with a correction
+    weight: Sequence[Tensor | None],  # v (O, I); w_scale, bias, w_sum, correction, (O,)
+    then: Sequence[Tensor | None],  # the next layer's grid and `smooth`, or nothing
+    half: int,  # 2^(k-1) of the next layer's codes
+    dtype: torch.dtype,
+) -> Tensor:
+    """out (..., O), or GELU of it as int8 codes of the next layer's inputs."""
+    from engine.triton_kernels import linear
+
+    with torch.cuda.device_of(codes):
+        return linear(codes, group, grid, row_sums, weight, then, half, dtype)
+
+
+@triton_linear.register_fake
+def _(codes, group, grid, row_sums, weight, then, half, dtype):
+    dtype = torch.int8 if then else dtype
+    return codes.new_empty(*codes.shape[:-1], len(weight[0]), dtype=dtype)
+
+
+def int_mm(codes: Tensor, v: Tensor) -> Tensor:
+    """Sums (..., O) in int32, of codes (..., I) and v (O, I)."""
+    rows = codes.flatten(0, -2)
+    padded = F.pad(rows, (0, 0, 0, max(0, FEWEST_ROWS - len(rows))))
+    return torch._int_mm(padded, v.T)[: len(rows)].view(*codes.shape[:-1], len(v))
+
+
+def torch_linear(codes, grid, row_sums, weight, dtype):
+    """The same without `then`, the grid given as that of every row, shaped to go with the codes."""
+    (*scales, zero_point), (v, w_scale, bias, w_sum, correction) = grid, weight
+    out = 0
+    for i, (term, scale) in enumerate(zip(regions(codes, grid), scales, strict=False)):
+        n = int_mm(term, v)
+        if correction is not None:
+            n = n - row_sums[i][..., None] * correction
+        if zero_point is not None:
+            n = n - zero_point * w_sum
+        out = out + n.float() * scale
+    return (out * w_scale + bias).to(dtype)
+
+
+def regions(codes, grid):
+    """The codes as a sum: of R1's and R2's after GELU, else of one term."""
+    return [codes] if grid[1] is None else [codes.clamp(max=0), codes.clamp(min=0)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The layers
+
+
+def why_not(v: Tensor, act: nn.Module, device: torch.device) -> str:
+    """Why this layer is not multiplied on the device's integers; "" if it is."""
+    if not isinstance(act, UniformQuantizer | GeluQuantizer):
+        return "inputs in full precision"
+    if not has_int_unit(device):
+        return "this GPU has no product of codes"
+    if v.shape[1] >= MAX_INPUTS:
+        return "too many inputs"
+    return "sizes that 8 does not divide" if any(n % 8 for n in v.shape) else ""
+
+
+class Int8LinearCUDA(nn.Module):
+    """`QuantLinear` on codes: the same codes, the same product but for rounding in float32."""
+
+    def __init__(self, v, correction, w_scale, bias, act, smooth=None, triton=False):
+        """As `int8_linear.Int8Linear`; `triton` says whose product."""
+        super().__init__()
+        self.act, self.triton, self.half = act, triton, 2 ** (act.bits - 1)
+        w_sum = v.sum(dim=1, dtype=torch.int32)
+        if correction is not None:
+            correction = correction.int()
+            w_sum = w_sum - v.shape[1] * correction
+        zero_point = None
+        if isinstance(act, UniformQuantizer):
+            zero_point = (act.zero_point - self.half).int()
+        buffers = dict(weight=v, w_scale=w_scale.flatten().expand(len(v)).contiguous(), bias=bias)
+        buffers |= dict(w_sum=w_sum, correction=correction, zero_point=zero_point, smooth=smooth)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x, group=None, then=None):
+        """x (N, ..., I), or its codes in int8 already; with `then`, the layer that follows GELU,
+        the codes of that layer's inputs."""
+        codes = x if x.dtype == torch.int8 else self.codes(x, group)
+        weight = [self.weight, self.w_scale, self.bias, self.w_sum, self.correction]
+        grid, dtype = self.grid(), out_dtype(x.device.type)
+        sums = [] if self.correction is None else regions(codes, grid)
+        sums = [a.sum(dim=-1, dtype=torch.int32) for a in sums]
+        if self.triton:
+            following = [] if then is None else [*then.grid(), then.smooth]
+            half = 0 if then is None else then.half
+            return triton_linear(codes, group, grid, sums, weight, following, half, dtype)
+        if group is not None and grid[0].ndim:
+            shape = -1, *[1] * (codes.ndim - 1)
+            grid = [None if table is None else table[group].view(shape) for table in grid]
+        return torch_linear(codes, grid, sums, weight, dtype)
+
+    def grid(self):
+        """Scales of the inputs' codes, two after GELU, and their zero point."""
+        if isinstance(self.act, UniformQuantizer):
+            return [self.act.scale, None, self.zero_point]
+        return [self.act.scale1, self.act.scale2, None]
+
+    def codes(self, x, group):
+        """Inputs as int8 codes."""
+        x = x.float() if self.smooth is None else x.float() / self.smooth
+        params = self.act.params_for(x, group)
+        if isinstance(self.act, UniformQuantizer):
+            return quantize(x, *params, self.act.bits).sub_(self.half).to(torch.int8)
+        low, high = gelu_regions(x, *params, self.act.bits)
+        return low.add_(high).to(torch.int8)
+
+
+class Int8Mlp(nn.Module):
+    """`models_dit.Mlp` with GELU, and the quantization of fc2's inputs, at the end of fc1."""
+
+    def __init__(self, fc1, fc2):
+        super().__init__()
+        self.fc1, self.fc2 = fc1, fc2
+
+    def forward(self, x, group=None):
+        return self.fc2(self.fc1(x, group, then=self.fc2), group)
+
+
+def out_dtype(device_type):
+    """What a product yields: autocast's type, or float32."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return torch.float32
+
+
+@cache
+def why_no_triton(device: torch.device) -> str:
+    """Why Triton's kernel is not taken there; "" if it is: tried on the largest codes."""
+    try:
+        import engine.triton_kernels  # noqa: F401
+    except ImportError:
+        return "Triton is missing"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (8, 9):
+        return "Triton's product of codes is for GPUs of compute capability 8 and 9"
+    v, one = torch.full((32, 64), 127, dtype=torch.int8), torch.ones(())
+    uniform, gelu = UniformQuantizer(8, one, 0 * one), GeluQuantizer(8, one, one)
+    x, bias = torch.full((40, 64), 127.0, device=device), torch.zeros(32)
+    try:
+        for act in uniform, gelu:
+            layer = Int8LinearCUDA(v, None, one, bias, act, triton=True).to(device)
+            if bool((layer(x) != 64 * 127 * 127).any()):
+                return "Triton's product is wrong here"
+    except Exception as error:  # whatever a compiler may raise: there is another way
+        return f"Triton failed, {type(error).__name__}"
+    return ""

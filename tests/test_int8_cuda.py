@@ -1,0 +1,271 @@
+"""engine/int8_cuda.py, triton_kernels.py: products of codes bit for bit, by Triton and by torch.
+
+Without a GPU the kernel runs in Triton's interpreter, if Triton is installed, and `_int_mm` on the
+CPU; `pytest -m gpu` runs both on the GPU.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import quant_ops as q
+from common import int8_engine, quant_file
+from engine import int8_cuda as e
+from engine.int8_linear import folded, signed_weight
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported
+pytestmark = pytest.mark.gpu
+WIDTHS = [(2, 2), (4, 8), (6, 6), (7, 7), (8, 8)]
+ROWS, TOKENS, INPUTS, OUTPUTS = 6, 12, 80, 72  # none a whole number of tiles
+GROUPS = {
+    "none": (torch.tensor(1.0), None),
+    "one table": (torch.tensor(1.0), torch.tensor([2, 0, 1, 1, 2, 0])),
+    "mixed": (torch.tensor([1.0, 1.5, 0.7]), torch.tensor([2, 0, 1, 1, 2, 0])),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["triton", "int_mm"])
+def triton(request):
+    """Whose product it is."""
+    if request.param:
+        pytest.importorskip("triton")
+    return request.param
+
+
+def quantizer(kind, bits, factor):
+    """A quantizer of inputs in about [-3, 3] whose ranges are `factor` times that, () or (G,)."""
+    if kind == "uniform":
+        return q.uniform_candidates(-3 * factor, 2 * factor, bits)[0]
+    half = 2 ** (bits - 1)
+    act = q.GeluQuantizer(bits, 0.17 * factor / half, 3 * factor / half)
+    return folded(act) if kind == "folded" else act
+
+
+def layer_of(bits, kind, factor, triton, outputs=OUTPUTS, inputs=INPUTS, smooth=None):
+    """A layer of codes, and its weight and bias on the quant file's grid."""
+    torch.manual_seed(bits[0])
+    weight, bias = torch.randn(outputs, inputs) + 0.2, torch.arange(outputs) / 7
+    Q_W = q.uniform_candidates(*weight.aminmax(dim=1, keepdim=True), bits[0])[0]
+    codes = q.quantize(weight, Q_W.scale, Q_W.zero_point, bits[0]).to(torch.uint8)
+    v, correction = signed_weight(codes, Q_W.zero_point, bits[0])
+    act = quantizer(kind, bits[1], factor)
+    made = e.Int8LinearCUDA(v, correction, Q_W.scale, bias, act, smooth, triton)
+    return made.to(DEVICE), Q_W(weight).to(DEVICE)
+
+
+def definition(layer, x, group):
+    """Sums in int64, then the formula of int8_cuda.py in float32."""
+    low, high = layer.codes(x, group).long(), None
+    if isinstance(layer.act, q.GeluQuantizer):
+        low, high = low.clamp(max=0), low.clamp(min=0)
+    w = layer.weight.long() - (0 if layer.correction is None else layer.correction[:, None].long())
+    params = layer.act.params_for(x, group)
+    if high is None:
+        zero_point = params[1].long() - 2 ** (layer.act.bits - 1)
+        out = ((low - zero_point) @ w.T).float() * params[0]
+    else:
+        out = (low @ w.T).float() * params[0] + (high @ w.T).float() * params[1]
+    return out * layer.w_scale + layer.bias
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("kind", ["uniform", "gelu", "folded"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_product_is_the_integer_definition_bit_for_bit(bits, kind, groups, triton):
+    """Eq. (5), MRQ, TGQ, SmoothQuant: exact sums, one formula; that is fake quantization."""
+    factor, group = GROUPS[groups]
+    smooth, x = torch.rand(INPUTS) + 1, torch.randn(ROWS, TOKENS, INPUTS).to(DEVICE)
+    group = None if group is None else group.to(DEVICE)
+    layer, weight = layer_of(bits, kind, factor, triton, smooth=smooth)
+    found = layer(x, group)
+    assert found.dtype == torch.float32 and layer.weight.dtype == torch.int8
+    assert torch.equal(found.cpu(), definition(layer.cpu(), x.cpu(), GROUPS[groups][1]))
+    x_hat = layer.act(x.cpu() / smooth, GROUPS[groups][1]).double()
+    expected = F.linear(x_hat, weight.cpu().double(), layer.bias.double())
+    assert (found.cpu() - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_rows_fewer_than_int_mm_takes(triton, monkeypatch):
+    """Three rows of conditioning, without tokens: CUDA's `_int_mm` is given more."""
+    product, rows = torch._int_mm, []
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: rows.append(len(a)) or product(a, b))
+    layer, _ = layer_of((8, 8), "uniform", torch.tensor(1.0), triton)
+    x = torch.randn(3, INPUTS, device=DEVICE)
+    found = layer(x).cpu()
+    assert torch.equal(found, definition(layer.cpu(), x.cpu(), None))
+    assert rows == ([] if triton else [17])
+
+
+def test_most_inputs_are_exact(triton):
+    """One step below the bound, all codes and zero points at their ends: int32 holds the sum."""
+    inputs = e.MAX_INPUTS - 8
+    v, ends = torch.full((8, inputs), 127, dtype=torch.int8), torch.tensor([255.0, 1.0])
+    act = q.UniformQuantizer(8, ends[1], ends[0])  # all codes are 0, so values -255
+    correction = torch.full((8,), -128.0)  # q_w - z_w = 255
+    args = v, correction, torch.ones(8, 1), torch.zeros(8), act
+    layer = e.Int8LinearCUDA(*args, triton=triton).to(DEVICE)
+    found = layer(torch.full((20, inputs), -255.0, device=DEVICE))
+    assert (found == torch.tensor(-255.0 * 255 * inputs)).all()
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("kind", ["gelu", "folded"])
+def test_gelu_and_codes_at_the_end_of_fc1(kind, groups):
+    """The codes of fc2's inputs, but for ties that GELU's last bits decide, and its output."""
+    pytest.importorskip("triton")
+    factor, group = GROUPS[groups]
+    group = None if group is None else group.to(DEVICE)
+    fc1, _ = layer_of((8, 8), "uniform", torch.tensor(1.0), True)
+    smooth = torch.rand(OUTPUTS) + 1
+    fc2, _ = layer_of((6, 6), kind, factor, True, INPUTS, OUTPUTS, smooth)
+    x = torch.randn(ROWS, TOKENS, INPUTS, device=DEVICE)
+    hidden = F.gelu(fc1(x, group) / 8, approximate="tanh")
+    fc1.w_scale /= 8
+    fc1.bias /= 8
+    found, expected = fc1(x, group, then=fc2), fc2.codes(hidden, group)
+    assert found.dtype == torch.int8 and expected.unique().numel() > 30
+    differ = (found.int() - expected.int()).abs()
+    assert differ.max() <= 1 and (differ > 0).float().mean() < 1e-3
+    out = e.Int8Mlp(fc1, fc2)(x, group)
+    assert torch.equal(out, fc2(found, group))
+
+
+def test_output_is_of_autocast_s_type(triton):
+    """04 --dtype bf16: the float32 result, rounded once."""
+    layer, _ = layer_of((6, 6), "gelu", torch.tensor(1.0), triton)
+    x = torch.randn(2, 20, INPUTS, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = layer(x)
+    step = 2**-7 if triton and DEVICE.type == "cpu" else 0  # the interpreter cuts bits off
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, layer(x).bfloat16(), rtol=step, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Models
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(triton): from here on CUDA is what DEVICE is, with Triton or without."""
+    monkeypatch.setattr(e, "has_int_unit", lambda device: True)
+
+    def has(triton):
+        reason = "" if triton else "Triton is missing"
+        monkeypatch.setattr(e, "why_no_triton", lambda device: reason)
+
+    return has
+
+
+@pytest.mark.parametrize("engine", ["int8", "int8-folded"])
+@torch.no_grad()
+def test_model_of_a_quant_file_runs_on_integers(tiny_run, gpu, triton, engine, capsys):
+    """The tiny W6A6 model, time groups mixed in a batch: close to fake quantization, compiled or
+    not; one line says what runs on what."""
+    gpu(triton)
+    artifact = quant_file.load_quant(tiny_run / "quant_w6a6.pt")
+    floats = quant_file.build_quantized(artifact, "test").to(DEVICE)
+    integers = int8_engine.build(artifact, "test", engine, torch.device("cuda")).to(DEVICE)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and f"engine {engine}: 9 layers on integer codes" in line
+    assert ("by Triton" if triton else "torch._int_mm (Triton is missing)") in line
+    assert ("2 of them after GELU (MRQ folded" in line) == (engine == "int8-folded")
+    assert all(isinstance(block.mlp, e.Int8Mlp) == triton for block in integers.blocks)
+    x, y = torch.randn(4, 3, 8, 8, device=DEVICE), torch.arange(4, device=DEVICE)
+    t = torch.tensor([999, 999, 0, 400], device=DEVICE)
+    expected, found = floats(x, t, y), integers(x, t, y)
+    assert (found - expected).norm() < 0.05 * expected.norm()  # codes at ties may differ
+    if engine == "int8":
+        compiled = torch.compile(integers, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, t, y), found)
+
+
+@pytest.mark.parametrize("shape, reason", [
+    ((16, 24), ""), ((15, 24), "8 does not divide"), ((16, 23), "8 does not divide"),
+    ((16, e.MAX_INPUTS), "too many inputs"),
+])  # fmt: skip
+def test_what_int_mm_refuses_stays_in_floating_point(gpu, shape, reason):
+    """Sizes of a layer, whoever multiplies."""
+    gpu(False)
+    act, v = quantizer("uniform", 8, torch.tensor(1.0)), torch.zeros(shape, dtype=torch.int8)
+    why = e.why_not(v, act, torch.device("cuda"))
+    assert reason in why and bool(why) == bool(reason)
+
+
+def test_gpu_without_a_product_of_codes(monkeypatch):
+    """Before Turing: all in floating point, and the line says so."""
+    monkeypatch.setattr(e, "has_int_unit", lambda device: False)
+    act, v = quantizer("uniform", 8, torch.tensor(1.0)), torch.zeros(16, 24, dtype=torch.int8)
+    assert "this GPU" in e.why_not(v, act, torch.device("cuda"))
+
+
+def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
+    """The self-test: what it raises, or a wrong sum, is the reason that is printed."""
+    kernels = pytest.importorskip("engine.triton_kernels", exc_type=ImportError)
+    ask = e.why_no_triton.__wrapped__
+    assert ask(DEVICE) == ""
+    plain = kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda *args: plain(*args) + 1)
+    assert "wrong" in ask(DEVICE)
+    monkeypatch.setattr(kernels, "linear", lambda *args: 1 / 0)
+    assert "ZeroDivisionError" in ask(DEVICE)
+
+
+# ------------------------------------------------------------------------------------------------
+# The compiler
+
+COMPILE = """
+import sys
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from engine import triton_kernels as k
+
+kernel, floats = k.linear_kernel.fn, ("scale", "bias", "smooth")
+numbers = "tokens num_rows num_inputs width regions by_group then_by_group half".split()
+lacks = {
+    "uniform": ["scale2", "row_sum2", "then_scale2"],
+    "after GELU": ["zero_point", "then_scale", "then_scale2", "then_zero_point", "smooth"],
+    "fc1": ["scale2", "row_sum2", "then_zero_point"],
+}
+lacks["uniform"] += ["then_scale", "then_zero_point", "smooth"]
+for capability, lack in ((c, x) for c in (80, 90) for x in lacks):
+    types = {"out": "*i8" if lack == "fc1" else "*bf16", "group": "*i64"}
+    types |= dict(codes="*i8", weight="*i8") | dict.fromkeys(numbers, "i32")
+    tile, given = k.CONFIGS[0], {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in tile.kwargs or name in lacks[lack]:
+            types[name], given[i,] = "constexpr", tile.kwargs.get(name)
+        elif name not in types:
+            is_float = any(word in name for word in floats)
+            types[name] = "*fp32" if is_float else "*i32"
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+               if types[name][0] == "*" or name in ("num_inputs", "width")}
+    source = ASTSource(kernel, {n: types[n] for n in kernel.arg_names}, given, aligned)
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    found = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+    word = "wgmma.mma_async" if capability == 90 else "mma.sync"
+    ours = [x for x in found.asm["ptx"].splitlines() if word in x and "s32.s8.s8" in x]
+    print(capability, lack, "ok" if ours and found.asm["cubin"] else "missing")
+"""
+
+
+@pytest.mark.slow
+def test_kernel_compiles_to_int8_tensor_core_instructions(tmp_path):
+    """Without a GPU: what the interpreter takes and the compiler does not would be seen here."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= dict(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
+    environment |= dict(TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    (tmp_path / "script.py").write_text(COMPILE)
+    command = [sys.executable, tmp_path / "script.py"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[-1] for line in result.stdout.splitlines()] == ["ok"] * 6
