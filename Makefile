@@ -31,7 +31,7 @@ bench-gpu: $(DEV)  ## every figure that needs a GPU, into benchmarks/results_gpu
 	$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no GPU')"
 	mkdir -p runs && $(PY) -c "import torch; print('#', torch.cuda.get_device_name())" > benchmarks/results_gpu.md
 	for f in --no-layers "--no-layers --compile" "--depth 1"; do $(PY) $(XL) $$f || exit; done >> benchmarks/results_gpu.md
-	$(PY) benchmarks/sampling.py --models demo xl >> benchmarks/results_gpu.md
+	for f in "sampling.py --models demo xl" "sampling.py --models xl --dtype bf16 --engines float int8 int8-folded" "engine_layers.py --dtype bf16"; do $(PY) benchmarks/$$f || exit; done >> benchmarks/results_gpu.md
 	$(PY) -m pytest -q -m gpu >> benchmarks/results_gpu.md
 .venv/done .venv/dev: .venv/%: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -r requirements$(if $(filter dev,$*),-dev).txt && touch $@

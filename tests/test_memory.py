@@ -54,7 +54,7 @@ def test_layers_in_floating_point_give_fake_quantization_s_outputs(folder, monke
     monkeypatch.setattr(int8_linear, "AT_ONCE", 384 * 100)
     states = quant_file.load_quant(memory.QuantFile((8, 8), True).path(folder))["layers"]
     group, checked = torch.tensor([0, 7, 0]), 0
-    for name, state in states.items():
+    for state in states.values():
         layer = int8_engine.Int8Engine().make_layer(state)
         if isinstance(layer, int8_linear.PackedLinear):
             x = torch.randn(3, 5, state["weight"]["shape"][1])
