@@ -112,6 +112,8 @@ class Comparison(Jobs):
         flags += ["--rows", self.args.rows] if self.args.rows else []
         iterations = self.iterations(model.method)
         flags += [x for pair in iterations.items() for x in pair]
+        if iterations:  # fewer, so each goes further; 0.001 is the papers'
+            flags += ["--weight-lr", min(0.01, 0.001 / self.args.iterations)]
         cost = 150 * (self.args.rows or 320) + 100 * sum(iterations.values())
         self.add(2, self.run, f"03 {model.name}", [method.script, *name, *flags], cost)
         self.sample(model.name, name, self.num_images(model.bits))
