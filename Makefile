@@ -6,7 +6,7 @@ DEV = $(DONE:done=dev)
 RUN ?= runs/demo
 IMAGES ?= 100
 XL = benchmarks/calibration.py --model DiT-XL/2 --folder runs
-.PHONY: demo test test-all lint tables compare figures bench-gpu clean
+.PHONY: demo test test-slow test-all lint tables compare figures bench-gpu clean
 
 demo: $(DONE)  ## calibrate the demo DiT, quantize it to W8A8 and W6A6, sample, score
 	$(PY) 01_collect_calib.py --run $(RUN) --ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --steps 50 --cfg-scale 2
@@ -17,10 +17,10 @@ demo: $(DONE)  ## calibrate the demo DiT, quantize it to W8A8 and W6A6, sample, 
 	$(PY) 04_sample.py --run $(RUN) --wbits 8 --abits 8 --num-images $(IMAGES)
 	$(PY) 04_sample.py --run $(RUN) --wbits 6 --abits 6 --num-images $(IMAGES)
 	$(PY) 05_eval_fid.py --run $(RUN) --reference demo/reference_mnist.npz --features demo/features_mnist.pt
-test: $(DEV)  ## in minutes, on the CPU
-	$(PY) -m pytest -q -m "not slow"
-test-all: $(DEV)  ## the slow tests too, as CI does
-	$(PY) -m pytest -q
+test test-slow: $(DEV)  ## in minutes, on the CPU
+	$(PY) -m pytest -q -m "$(if $(filter test,$@),not )slow"
+test-all: $(DEV)  ## the slow tests too, as CI does, on a core each
+	$(MAKE) -j2 -O test test-slow
 lint: $(DEV)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 tables compare: $(DEV)  ## on the demo DiT the paper's tables; all methods; QUICK=1: in an hour on 2 cores

@@ -154,16 +154,16 @@ def linear_data(grad, out=None, x=None, group=None, rows=7):
 
 
 def flat(nest):
-    """The leaves of nested dicts, as tensors or text, by their path."""
+    """The leaves of nested dicts, as tensors, text or None, by their path."""
     if not isinstance(nest, dict):
-        return {"": nest if isinstance(nest, str) else torch.as_tensor(nest)}
+        return {"": nest if nest is None or isinstance(nest, str) else torch.as_tensor(nest)}
     return {f"{k}.{path}": x for k, value in nest.items() for path, x in flat(value).items()}
 
 
 def same_leaves(a, b):
     """Whether two nests have the same leaves, bit for bit."""
     a, b = flat(a), flat(b)
-    equal = (x == b[k] if isinstance(x, str) else torch.equal(x, b[k]) for k, x in a.items())
+    equal = (torch.equal(x, b[k]) if torch.is_tensor(x) else x == b[k] for k, x in a.items())
     return a.keys() == b.keys() and all(equal)
 
 
