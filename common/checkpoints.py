@@ -19,9 +19,8 @@ from common.weight_files import config_beside, find_weights, load_weights
 from models_dit import DiT, DiT_models
 
 DIT_URL = "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-{0}x{0}.pt"
-MIRROR = (
-    "TQ_DIT_MIRROR"  # environment: an address with the same files, each by its name in the cache
-)
+# in the environment: an address that has the same files, each by its name in the cache
+MIRROR = "TQ_DIT_MIRROR"
 HEADS = {spec["hidden_size"]: spec["num_heads"] for spec in DiT_models.values()}
 
 
