@@ -32,7 +32,7 @@ VARIANTS |= {
     "mse": (TQDIT, ["--metric", "mse"]),
     "r1": (TQDIT, ["--rounds", "1"]),
     "plus_mse": (PLUS, ["--metric", "mse"]),
-    "plus_r3": (PLUS, ["--rounds", "3"]),
+    "static_r3": (PLUS, [*STATIC, "--rounds", "3"]),
 }
 
 
@@ -51,7 +51,7 @@ PAIRS = (
     Pair("HO (Eq. 16) against plain MSE", (6, 6), "plus", "plus_mse"),
     Pair("HO (Eq. 16) against plain MSE", (4, 8), "plus", "plus_mse"),
     Pair("R = 3 against R = 1", (6, 6), "full", "r1"),
-    Pair("R = 3 against R = 1", (6, 6), "plus_r3", "plus"),
+    Pair("R = 3 against R = 1", (6, 6), "static_r3", "static"),
     Pair("A scale per output channel against one per tensor (D5)", (6, 6), "full", "tensor"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (8, 8), "plus", "full"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (6, 6), "plus", "full"),
