@@ -17,7 +17,7 @@ from functools import cache
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from engine.int_products import MAX_INPUTS, has_int_unit
 from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, quantize
@@ -28,7 +28,7 @@ FEWEST_ROWS = 17  # that `_int_mm` takes on CUDA
 # The product: by Triton, or by torch
 
 
-@torch.library.custom_op("tqdit::triton_linear", mutates_args=())
+@library.custom_op("tqdit::triton_linear", mutates_args=())
 def triton_linear(
     codes: Tensor,  # (..., I) int8
     group: Tensor | None,  # (N,), of the first axis

@@ -12,10 +12,10 @@ left in floating point. Nothing that could come out wrong is multiplied on integ
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from engine.int_products import MAX_INPUTS
-from engine.onednn import pair_limit, u8s8
+from engine.onednn import pack, pair_limit, u8s8
 from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, qparams_from_range, quantize
 
 # ------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def int8_product(
 
 # For the compiler, whose lowering of oneDNN's op wants constants. Called without it, an op of one's
 # own would only import the compiler: 70 MiB.
-int8_op = torch.library.custom_op("tqdit::int8_product", int8_product, mutates_args=())
+int8_op = library.custom_op("tqdit::int8_product", int8_product, mutates_args=())
 
 
 @int8_op.register_fake
@@ -98,7 +98,7 @@ class Int8Linear(nn.Module):
         `act` a UniformQuantizer or GeluQuantizer; smooth (I,): what inputs are divided by."""
         super().__init__()
         w_scale = w_scale.flatten().expand(len(v)).contiguous()
-        self.register_buffer("weight", torch.ops.onednn.qlinear_prepack(v, None))
+        self.register_buffer("weight", pack(v))
         self.register_buffer("w_scale", w_scale)
         self.register_buffer("correction", None if correction is None else correction * w_scale)
         self.register_buffer("bias", bias)
