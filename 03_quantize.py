@@ -162,8 +162,7 @@ def main(args):  # Alg. 1 line 13
             search = make_search(args.search, args.compile)  # remembers a layer's last losses
             done[layer.name] = quantize_layer(layer, phase3.data(layer), cfg, search)
         phase3.save(unit, done)
-    flags = f"--wbits {cfg.wbits} --abits {cfg.abits}" + (f" --tag {cfg.tag}" if cfg.tag else "")
-    phase3.finish(flags)
+    phase3.finish()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Paper: Sec. IV-A, Eq. (2)-(4).  In: RUN/quant_wXaY.pt alone, or with --fp RUN/calib.pt and the
 checkpoint it names.  Out: RUN/samples_wXaY.npz (arr_0: uint8 images N, H, W, C; labels; meta) and
-a .png grid. Image i has noise of its own, drawn from (seed, i): it is the same in any batch, on
-any number of processes and for every model, so samples of two models pair up.
+a .png grid. Image i has noise of its own, drawn from (seed, i), the same in any batch, on any
+number of processes and for every model, so samples of two models pair up.
 
     python 04_sample.py --run runs/xl --wbits 8 --abits 8 --num-images 10000
     torchrun --nproc_per_node=8 -- 04_sample.py --run runs/xl --fp --num-images 10000

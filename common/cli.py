@@ -56,6 +56,18 @@ class Parser(argparse.ArgumentParser):
         add("--batch-size", type=whole_number, default=8, help="rows of a unit's own passes")
         add("--memory-limit", type=float, help=limit)
 
+    def add_method_flags(self, tag, own):
+        """The flags that the rivals in methods/ share; `own` tells which layers are a method's own
+        choice."""
+        paper, ours = self.paper.add_argument, self.ours.add_argument
+        paper("--wbits", type=whole_number, required=True, help="k of weights, 2..8")
+        paper("--abits", type=whole_number, required=True, help="k of activations, 2..8")
+        layers = f"own: {own}; released: those of 03_quantize.py (D6)"
+        ours("--layers", choices=("own", "released"), default="own", help=layers)
+        ours("--rows", type=whole_number, help="calibrate on so many, spread over t")
+        ours("--tag", default=tag, help="names the file quant_wXaY_TAG.pt")
+        self.add_unit_flags()
+
     def add_search_flags(self):
         """The machine flags of a Phase 3 that searches by Eq. (16)."""
         add = self.machine.add_argument
@@ -111,6 +123,11 @@ def _fail(script, message, status=2):
     return status
 
 
+def number_or_none(text):
+    """A flag's whole number, or None for `none`."""
+    return None if text == "none" else whole_number(text)
+
+
 def pick_device(name):
     """`cpu`, `cuda` (under torchrun the one of this process) or `cuda:N` as a torch.device."""
     if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
@@ -153,6 +170,14 @@ def check_unit_flags(args):
     limit = args.memory_limit
     if limit is not None and not 0 < limit < 1e12:
         raise InputError(f"--memory-limit {limit}: not above 0, not finite or too large")
+
+
+def check_method_flags(args):
+    """InputError unless the flags of `Parser.add_method_flags` make sense."""
+    check_bits(args, "wbits", "abits")
+    check_tag(args)
+    at_least_one(args, "rows")
+    check_unit_flags(args)
 
 
 def check_tag(args):

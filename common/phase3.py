@@ -131,7 +131,7 @@ class Phase3:
         """Keep a unit's layers: name -> dict(state, cost)."""
         self.parts.save(unit, done)
 
-    def finish(self, next_flags, edit=None):
+    def finish(self, edit=None):
         """Rank 0 joins all parts, reports, and writes the quant file; `edit` changes what it is
         to hold, its entries `state`, `layers` and so on, in place."""
         self.group.wait()
@@ -141,8 +141,14 @@ class Phase3:
                 done |= self.parts.load(unit)
             wrote = self.write(done, edit)
             self.parts.clear()
-            print(f"{wrote}.  Next: python 04_sample.py --run {self.run} {next_flags}")
+            print(f"{wrote}.  Next: python 04_sample.py --run {self.run} {self.flags()}")
         print_peak(self.machine.device)
+
+    def flags(self):
+        """Those by which 04 finds the file."""
+        settings = self.head["settings"]
+        flags = f"--wbits {settings['wbits']} --abits {settings['abits']}"
+        return flags + (f" --tag {settings['tag']}" if settings["tag"] else "")
 
     def write(self, done, edit=None):
         """The file of all layers, with the report; returns the sentence that says so."""

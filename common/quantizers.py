@@ -67,6 +67,11 @@ def rotate(x: Tensor, H: Tensor) -> Tensor:
     return (x.to(H.dtype).unflatten(-1, (-1, len(H))) @ H).flatten(-2)
 
 
+def of_rows(table: Tensor, group: Tensor, x: Tensor) -> Tensor:
+    """Vectors (G, I), one for each time group, as those of the rows of x (N, ..., I)."""
+    return table[group].view(len(x), *[1] * (x.ndim - 2), -1)
+
+
 class ScaledInput(nn.Module):
     """Inputs less a shift, (I,) or one for each time group (G, I), over factors (I,), which the
     weight was multiplied by; then rotated as the weight was, by a Hadamard matrix of this size;
@@ -81,9 +86,7 @@ class ScaledInput(nn.Module):
 
     def forward(self, x, group=None):
         if self.shift is not None:
-            by_group = self.shift.ndim > 1 and group is not None
-            shift = self.shift[group] if by_group else self.shift
-            x = x - (shift.view(len(x), *[1] * (x.ndim - 2), -1) if by_group else shift)
+            x = x - (of_rows(self.shift, group, x) if self.shift.ndim > 1 else self.shift)
         x = x if self.factors is None else x / self.factors
         return self.act(x if self.H is None else rotate(x, self.H), group)
 
@@ -92,8 +95,7 @@ class GroupBiasLinear(QuantLinear):
     """A quantized linear layer with a bias for each time group, (G, O)."""
 
     def forward(self, x, group=None):
-        bias = self.bias[group].view(len(x), *[1] * (x.ndim - 2), -1)
-        return F.linear(self.act(x, group), self.weight) + bias
+        return F.linear(self.act(x, group), self.weight) + of_rows(self.bias, group, x)
 
 
 class RegroupedLinear(GroupBiasLinear):

@@ -21,6 +21,11 @@ def smoothquant_factors(x_max: Tensor, weight: Tensor, strength: float) -> Tenso
     return x_max.clamp(min=1e-5) ** strength / w_max ** (1 - strength)
 
 
+def channel_peaks(data) -> Tensor:
+    """The largest magnitude of each input channel of a linear layer, (I,)."""
+    return torch.stack([chunk.x.abs().amax(dim=0) for chunk in data]).amax(dim=0)
+
+
 class Way(NamedTuple):
     """What is done to a layer's input channels before all else."""
 
@@ -35,8 +40,7 @@ def transformed(weight, data, way):
     if way == Way(None, None):
         return weight, data, {}
     if way.strength is not None:
-        x_max = torch.stack([chunk.x.abs().amax(dim=0) for chunk in data]).amax(dim=0)
-        smooth = smoothquant_factors(x_max, weight, way.strength)
+        smooth = smoothquant_factors(channel_peaks(data), weight, way.strength)
         weight = weight * smooth
     if way.block is not None:
         weight = rotate(weight, hadamard_matrix(way.block).to(weight))
@@ -48,10 +52,15 @@ def transformed(weight, data, way):
 # Channels over timesteps
 
 
+def tokens_of(data, samples: int) -> int:
+    """How many tokens each of so many samples has in a linear layer's data."""
+    return sum(len(chunk.x) for chunk in data.chunks) // samples
+
+
 def channel_ends(data, samples: int) -> tuple[Tensor, Tensor]:
     """Least and greatest value of each input channel of a linear layer, in each of so many
     samples: (N, I) twice."""
-    tokens = sum(len(chunk.x) for chunk in data.chunks) // samples
+    tokens = tokens_of(data, samples)
     ends = [chunk.x.unflatten(0, (-1, tokens)).aminmax(dim=1) for chunk in data]
     low, high = zip(*ends, strict=True)
     return torch.cat(low), torch.cat(high)

@@ -36,13 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    Parser, at_least_one, check_bits, check_tag, check_unit_flags, model_name, run_script,
-    whole_number,
+    Parser, at_least_one, check_method_flags, model_name, run_script, whole_number,
 )  # fmt: skip
 from common.phase3 import Machine, Phase3  # noqa: E402
 from common.quantizers import DynamicQuantizer  # noqa: E402
 from common.report import linear_cost, matmul_cost  # noqa: E402
-from methods.balancing import fold_into_adaln, smoothquant_factors  # noqa: E402
+from methods.balancing import channel_peaks, fold_into_adaln, smoothquant_factors  # noqa: E402
 from methods.dynamic import on_rows, operands  # noqa: E402
 from models_dit import MatMul  # noqa: E402
 from quant_ops import FullPrecision, UniformQuantizer, qparams_from_range  # noqa: E402
@@ -66,24 +65,16 @@ class Settings(NamedTuple):
 
 def parse_args():
     p = Parser(__doc__)
-    p.paper.add_argument("--wbits", type=whole_number, required=True, help="k of weights, 2..8")
-    p.paper.add_argument("--abits", type=whole_number, required=True, help="k of activations, 2..8")
+    p.add_method_flags("ditas", own="qkv, proj, fc1, fc2")
     p.paper.add_argument("--rank", type=whole_number, default=32, help="of the branch; 0: none")
     turns = "how often Q and L R take turns"
     p.paper.add_argument("--alternations", type=whole_number, default=10, help=turns)
-    layers = "own: qkv, proj, fc1, fc2; released: those of 03_quantize.py (D6)"
-    p.ours.add_argument("--layers", choices=("own", "released"), default="own", help=layers)
-    p.ours.add_argument("--rows", type=whole_number, help="calibrate on so many, spread over t")
-    p.ours.add_argument("--tag", default="ditas", help="names the file quant_wXaY_TAG.pt")
-    p.add_unit_flags()
     return p.parse_args()
 
 
 def check(args):
-    check_bits(args, "wbits", "abits")
-    check_tag(args)
-    at_least_one(args, "alternations", "rows", *["rank"] * (args.rank != 0))
-    check_unit_flags(args)
+    check_method_flags(args)
+    at_least_one(args, "alternations", *["rank"] * (args.rank != 0))
 
 
 def layers_of(phase3, unit, cfg):
@@ -141,8 +132,7 @@ def decompose(weight, rank, alternations, quantizer):
 
 def peaks(data):
     """a_j: the largest magnitude of each input channel over all rows, of all timesteps, (I,)."""
-    largest = [chunk.x.abs().amax(dim=0) for chunk in data]
-    return torch.stack(largest).amax(dim=0).clamp(min=LEAST)
+    return channel_peaks(data).clamp(min=LEAST)
 
 
 def factors(x_max, quantized, alpha):
@@ -233,8 +223,7 @@ def main(args):
         for layer in layers_of(phase3, unit, cfg):
             done[layer.name] = quantize_layer(layer, phase3.data(layer), rows, cfg)
         phase3.save(unit, done)
-    flags = f"--wbits {cfg.wbits} --abits {cfg.abits} --tag {cfg.tag}"
-    phase3.finish(flags, edit=fold_into_adaln)
+    phase3.finish(fold_into_adaln)
 
 
 if __name__ == "__main__":

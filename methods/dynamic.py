@@ -3,6 +3,7 @@
 import torch.nn as nn
 
 from common.quantizers import DynamicQuantizer
+from methods.balancing import tokens_of
 
 
 class OnRows(nn.Module):
@@ -19,7 +20,7 @@ class OnRows(nn.Module):
 
 def on_rows(Q, data, rows):
     """`Q` for the data of a linear layer, of so many calibration rows."""
-    return OnRows(Q, sum(len(chunk.x) for chunk in data.chunks) // rows)
+    return OnRows(Q, tokens_of(data, rows))
 
 
 def operands(layer, bits, per):

@@ -32,15 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    InputError, Parser, at_least_one, check_bits, check_tag, check_unit_flags, model_name,
-    run_script, whole_number,
+    InputError, Parser, at_least_one, check_method_flags, model_name, run_script, whole_number,
 )  # fmt: skip
 from common.phase3 import Machine, Phase3  # noqa: E402
 from common.quantizers import ScaledInput  # noqa: E402
 from common.report import linear_cost, matmul_cost  # noqa: E402
 from common.unit_data import rows_to_search  # noqa: E402
-from methods.balancing import by_timestep, channel_ends, fold_into_adaln  # noqa: E402
-from methods.rounding import gptq  # noqa: E402
+from methods.balancing import by_timestep, channel_ends, fold_into_adaln, tokens_of  # noqa: E402
+from methods.rounding import gram, rounded_to  # noqa: E402
 from models_dit import Diffusion, MatMul  # noqa: E402
 from quant_ops import (  # noqa: E402
     FullPrecision, UniformQuantizer, qparams_from_range, uniform_candidates,
@@ -74,19 +73,13 @@ class Grouped(NamedTuple):
 
 def parse_args():
     p = Parser(__doc__)
-    p.paper.add_argument("--wbits", type=whole_number, required=True, help="k of weights, 2..8")
-    p.paper.add_argument("--abits", type=whole_number, required=True, help="k of activations, 2..8")
+    p.add_method_flags("htg", own="all that multiply")
     groups = "groups a layer merges its timesteps into"
     p.paper.add_argument("--timestep-groups", type=whole_number, default=10, help=groups)
     decay = "of the exponential average over timesteps; none: the plain mean"
     p.paper.add_argument("--decay", type=decay_or_mean, default=0.99, help=decay)
     p.ours.add_argument("--factors", choices=("balanced", "relative"), default="balanced", help="s")
     p.ours.add_argument("--rounding", choices=("gptq", "nearest"), default="gptq", help="weights")
-    layers = "own: all that multiply; released: those of 03_quantize.py (D6)"
-    p.ours.add_argument("--layers", choices=("own", "released"), default="own", help=layers)
-    p.ours.add_argument("--rows", type=whole_number, help="calibrate on so many, spread over t")
-    p.ours.add_argument("--tag", default="htg", help="names the file quant_wXaY_TAG.pt")
-    p.add_unit_flags()
     return p.parse_args()
 
 
@@ -95,12 +88,10 @@ def decay_or_mean(text):
 
 
 def check(args):
-    check_bits(args, "wbits", "abits")
-    check_tag(args)
-    at_least_one(args, "rows", "timestep_groups")
+    check_method_flags(args)
+    at_least_one(args, "timestep_groups")
     if args.decay is not None and not 0 <= args.decay < 1:
         raise InputError(f"--decay {args.decay}: 0 or more, below 1, or none")
-    check_unit_flags(args)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -169,8 +160,8 @@ def find_groups(layer, data, t, steps, cfg):
 
 def as_grouped(data, found, t, weight):
     """The layer's data with its own groups, and the output that x - zbar_g has to give."""
-    tokens = sum(len(chunk.x) for chunk in data.chunks) // len(t)
-    groups = found.regroup[t].repeat_interleave(tokens).split([len(c.x) for c in data.chunks])
+    rows = found.regroup[t].repeat_interleave(tokens_of(data, len(t)))
+    groups = rows.split([len(c.x) for c in data.chunks])
     offset = (found.centre @ weight.T).cpu()
     chunks = [
         chunk._replace(group=group, out=chunk.out - offset[group])
@@ -181,10 +172,7 @@ def as_grouped(data, found, t, weight):
 
 def rounded(weight, Q_W, data, act, cfg):
     """The weight on its grid."""
-    if cfg.rounding == "nearest":
-        return Q_W(weight)
-    gram = sum((x.T @ x).double() for x in (act(chunk.x, chunk.group) for chunk in data))
-    return gptq(weight, Q_W.scale, Q_W.zero_point, Q_W.bits, gram)
+    return rounded_to(Q_W, weight, gram=gram(data, act) if cfg.rounding == "gptq" else None)
 
 
 def quantize_shifted(layer, data, cfg, t, steps):
@@ -242,8 +230,7 @@ def main(args):
                 quantize, more = quantize_shifted, (t, steps)
             done[layer.name] = quantize(layer, phase3.data(layer), cfg, *more)
         phase3.save(unit, done)
-    flags = f"--wbits {cfg.wbits} --abits {cfg.abits} --tag {cfg.tag}"
-    phase3.finish(flags, partial(edit, steps=steps))
+    phase3.finish(partial(edit, steps=steps))
 
 
 if __name__ == "__main__":

@@ -28,18 +28,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import (  # noqa: E402
-    Parser, at_least_one, check_bits, check_tag, check_unit_flags, model_name, run_script,
-    whole_number,
+    Parser, at_least_one, check_bits, check_method_flags, model_name, run_script, whole_number,
 )  # fmt: skip
 from common.phase3 import Machine, Phase3  # noqa: E402
-from common.report import linear_cost, matmul_cost  # noqa: E402
 from common.unit_data import rows_to_search  # noqa: E402
 from methods.balancing import (  # noqa: E402
     by_timestep, channel_ends, fold_into_adaln, salience_factors,
 )  # fmt: skip
 from methods.ranges import values_by_percentile, weight_by_percentile  # noqa: E402
 from methods.reconstruction import (  # noqa: E402
-    Recipe, SoftLinear, SoftMatMul, check_rate, hard, reconstruct,
+    Recipe, SoftLinear, SoftMatMul, check_rate, reconstruct,
 )  # fmt: skip
 from models_dit import MatMul  # noqa: E402
 from quant_ops import FullPrecision  # noqa: E402
@@ -66,8 +64,7 @@ class Settings(NamedTuple):
 
 def parse_args():
     p, flag = Parser(__doc__), BooleanOptionalAction
-    p.paper.add_argument("--wbits", type=whole_number, required=True, help="k of weights, 2..8")
-    p.paper.add_argument("--abits", type=whole_number, required=True, help="k of activations, 2..8")
+    p.add_method_flags("ptq4dit", own="all that multiply")
     p.paper.add_argument("--softmax-bits", type=whole_number, default=8, help="k after softmax")
     p.paper.add_argument("--csb", action=flag, default=True, help="balance channels")
     p.paper.add_argument("--ssc", action=flag, default=True, help="weigh timesteps by rank")
@@ -76,20 +73,14 @@ def parse_args():
     p.paper.add_argument("--batch", type=whole_number, default=32, help="rows of an iteration")
     rate = "Adam's for rounding; fewer iterations want more"
     p.paper.add_argument("--weight-lr", type=float, default=1e-3, help=rate)
-    layers = "own: all that multiply; released: those of 03_quantize.py (D6)"
-    p.ours.add_argument("--layers", choices=("own", "released"), default="own", help=layers)
-    p.ours.add_argument("--rows", type=whole_number, help="calibrate on so many, spread over t")
-    p.ours.add_argument("--tag", default="ptq4dit", help="names the file quant_wXaY_TAG.pt")
-    p.add_unit_flags()
     return p.parse_args()
 
 
 def check(args):
-    check_bits(args, "wbits", "abits", "softmax_bits")
-    check_tag(args)
-    at_least_one(args, "rows", "batch", *(["iterations"] if args.iterations else []))
+    check_method_flags(args)
+    check_bits(args, "softmax_bits")
+    at_least_one(args, "batch", *(["iterations"] if args.iterations else []))
     check_rate(args)
-    check_unit_flags(args)
 
 
 def factors(layer, data, t, cfg):
@@ -116,14 +107,6 @@ def start(layer, data, t, cfg):
     return SoftLinear(layer.module, weight, weight_by_percentile(weight, cfg.wbits), Q_X, smooth)
 
 
-def cost_of(soft, data):
-    """The error of a finished layer, for the report."""
-    if isinstance(soft, SoftMatMul):
-        return matmul_cost(data, hard(soft.a), hard(soft.b))
-    data = data if soft.smooth is None else data.smoothed(soft.smooth)
-    return linear_cost(data, soft.rounded, hard(soft.act))
-
-
 def quantize_unit(phase3, unit, t, cfg):
     """Balance and reconstruct a unit: name -> dict(state, cost)."""
     layers = list(phase3.layers(unit, conditioning=cfg.layers == "own"))
@@ -131,8 +114,7 @@ def quantize_unit(phase3, unit, t, cfg):
     recipe = Recipe(cfg.iterations, cfg.batch, weight_lr=cfg.weight_lr, scale_lr=SCALE_LR)
     if cfg.iterations:
         reconstruct(phase3, soft, phase3.quantized_inputs(), recipe)
-    costs = {layer.name: cost_of(soft[layer.name], phase3.data(layer)) for layer in layers}
-    return {name: dict(state=one.state(), cost=costs[name]) for name, one in soft.items()}
+    return {layer.name: soft[layer.name].done(phase3.data(layer)) for layer in layers}
 
 
 def main(args):
@@ -146,8 +128,7 @@ def main(args):
     t = phase3.calib["calibration"]["t"][rows_to_search(phase3.calib, cfg.rows)]
     for unit in phase3.units():
         phase3.save(unit, quantize_unit(phase3, unit, t, cfg))
-    flags = f"--wbits {cfg.wbits} --abits {cfg.abits} --tag {cfg.tag}"
-    phase3.finish(flags, fold_into_adaln)
+    phase3.finish(fold_into_adaln)
 
 
 if __name__ == "__main__":

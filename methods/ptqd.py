@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import (  # noqa: E402
-    InputError, Parser, at_least_one, model_name, run_script, whole_number,
+    InputError, Parser, at_least_one, model_name, number_or_none, run_script, whole_number,
 )  # fmt: skip
 from common.noise_correction import error_energy, measure, noise_of  # noqa: E402
 from common.phase3 import SAMPLING, Machine, Phase3  # noqa: E402
@@ -45,35 +45,16 @@ from models_dit import Diffusion  # noqa: E402
 LOT = 32  # trajectories at a time
 
 
-class Settings(NamedTuple):
-    """What decides the result: Q-Diffusion's, and its own."""
-
-    wbits: int
-    abits: int
-    softmax_bits: int
-    layers: str
-    weight_iterations: int
-    weight_batch: int
-    weight_lr: float
-    scale_iterations: int
-    scale_batch: int
-    edge_bits: int | None
-    trajectories: int
-    seed: int
-    variance: bool
-    rows: int | None
-    tag: str
-
-
-def bits_or_none(text):
-    return None if text == "none" else whole_number(text)
+OWN = dict(edge_bits=int | None, trajectories=int, seed=int, variance=bool)
+# what decides the result: Q-Diffusion's settings, and its own
+Settings = NamedTuple("Settings", (qdiffusion.Settings.__annotations__ | OWN).items())
 
 
 def parse_args():
     p, flag = Parser(__doc__), BooleanOptionalAction
     qdiffusion.add_flags(p, 10000, 8, 5000, 16, "ptqd")
     edge = "k of the embedder and final layer, 2..8; none: as the others, and learned"
-    p.paper.add_argument("--edge-bits", type=bits_or_none, default=8, help=edge)
+    p.paper.add_argument("--edge-bits", type=number_or_none, default=8, help=edge)
     many = "sampled to measure the noise on, in full precision"
     p.paper.add_argument("--trajectories", type=whole_number, default=1024, help=many)
     p.paper.add_argument("--variance", action=flag, default=True, help="VSC, else only k and bias")
@@ -135,8 +116,7 @@ def main(args):
         return
     for unit in phase3.units():
         phase3.save(unit, qdiffusion.quantize_unit(phase3, unit, cfg, cfg.edge_bits))
-    flags = f"--wbits {cfg.wbits} --abits {cfg.abits} --tag {cfg.tag}"
-    phase3.finish(flags, edit=lambda file: add_noise(file, phase3, cfg))
+    phase3.finish(edit=lambda file: add_noise(file, phase3, cfg))
 
 
 if __name__ == "__main__":

@@ -25,14 +25,12 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import (  # noqa: E402
-    Parser, at_least_one, check_bits, check_tag, check_unit_flags, model_name, run_script,
-    whole_number,
+    Parser, at_least_one, check_bits, check_method_flags, model_name, run_script, whole_number,
 )  # fmt: skip
 from common.phase3 import Machine, Phase3  # noqa: E402
-from common.report import linear_cost, matmul_cost  # noqa: E402
 from methods.ranges import values_by_shrinking, weight_by_shrinking  # noqa: E402
 from methods.reconstruction import (  # noqa: E402
-    Recipe, SoftLinear, SoftMatMul, check_rate, hard, learned, reconstruct, weights_only,
+    Recipe, SoftLinear, SoftMatMul, check_rate, learned, reconstruct, weights_only,
 )  # fmt: skip
 from models_dit import MatMul  # noqa: E402
 from quant_ops import FullPrecision  # noqa: E402
@@ -58,8 +56,7 @@ class Settings(NamedTuple):
 
 def add_flags(p, weight_iterations, weight_batch, scale_iterations, scale_batch, tag):
     """The flags of this recipe, with a paper's defaults."""
-    p.paper.add_argument("--wbits", type=whole_number, required=True, help="k of weights, 2..8")
-    p.paper.add_argument("--abits", type=whole_number, required=True, help="k of activations, 2..8")
+    p.add_method_flags(tag, own="all that multiply")
     p.paper.add_argument("--softmax-bits", type=whole_number, default=8, help="k after softmax")
     counts = (
         ("--weight-iterations", weight_iterations, "of phase W, a unit"),
@@ -71,11 +68,6 @@ def add_flags(p, weight_iterations, weight_batch, scale_iterations, scale_batch,
         p.paper.add_argument(flag, type=whole_number, default=default, help=what)
     rate = "Adam's for rounding; fewer iterations want more"
     p.paper.add_argument("--weight-lr", type=float, default=1e-3, help=rate)
-    layers = "own: all that multiply; released: those of 03_quantize.py (D6)"
-    p.ours.add_argument("--layers", choices=("own", "released"), default="own", help=layers)
-    p.ours.add_argument("--rows", type=whole_number, help="calibrate on so many, spread over t")
-    p.ours.add_argument("--tag", default=tag, help="names the file quant_wXaY_TAG.pt")
-    p.add_unit_flags()
 
 
 def parse_args():
@@ -85,14 +77,13 @@ def parse_args():
 
 
 def check(args):
-    check_bits(args, "wbits", "abits", "softmax_bits")
-    check_tag(args)
-    at_least_one(args, "rows", "weight_batch", "scale_batch")
+    check_method_flags(args)
+    check_bits(args, "softmax_bits")
+    at_least_one(args, "weight_batch", "scale_batch")
     for flag in ("weight_iterations", "scale_iterations"):
         if getattr(args, flag):
             at_least_one(args, flag)
     check_rate(args)
-    check_unit_flags(args)
 
 
 def start(layer, cfg, wbits):
@@ -113,13 +104,6 @@ def set_ranges(soft, layer, data, cfg, abits):
         soft.act = learned(values_by_shrinking(data, "x", abits))
 
 
-def cost_of(soft, data):
-    """The error of a finished layer, for the report."""
-    if isinstance(soft, SoftMatMul):
-        return matmul_cost(data, hard(soft.a), hard(soft.b))
-    return linear_cost(data, soft.rounded, hard(soft.act))
-
-
 def quantize_unit(phase3, unit, cfg, edge_bits=None):
     """Phases W and A of a unit: name -> dict(state, cost). With `edge_bits` the embedder and the
     final layer have so many bits, and are not reconstructed."""
@@ -136,8 +120,7 @@ def quantize_unit(phase3, unit, cfg, edge_bits=None):
     if not edge:
         phase_a = Recipe(cfg.scale_iterations, cfg.scale_batch, **learn)
         reconstruct(phase3, soft, phase3.unit.inputs, phase_a)
-    costs = {layer.name: cost_of(soft[layer.name], phase3.data(layer)) for layer in layers}
-    return {name: dict(state=one.state(), cost=costs[name]) for name, one in soft.items()}
+    return {layer.name: soft[layer.name].done(phase3.data(layer)) for layer in layers}
 
 
 def main(args):
@@ -150,7 +133,7 @@ def main(args):
         return
     for unit in phase3.units():
         phase3.save(unit, quantize_unit(phase3, unit, cfg))
-    phase3.finish(f"--wbits {cfg.wbits} --abits {cfg.abits} --tag {cfg.tag}")
+    phase3.finish()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ Unit by unit, on inputs that the quantized units before it make:
     python 04_sample.py    --run runs/xl --wbits 4 --abits 8 --tag qdit
 """
 
-import math
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -34,8 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    Parser, at_least_one, check_bits, check_tag, check_unit_flags, model_name, run_script,
-    whole_number,
+    Parser, at_least_one, check_method_flags, model_name, run_script, whole_number,
 )  # fmt: skip
 from common.layer_data import layer_data  # noqa: E402
 from common.offload import units  # noqa: E402
@@ -44,7 +42,7 @@ from common.quantizers import DynamicQuantizer  # noqa: E402
 from common.report import linear_cost, matmul_cost  # noqa: E402
 from methods.dynamic import on_rows, operands  # noqa: E402
 from methods.group_search import Evolution, search_sizes  # noqa: E402
-from methods.rounding import gptq_groups  # noqa: E402
+from methods.rounding import divisor, gptq_groups, gram  # noqa: E402
 from models_dit import MatMul  # noqa: E402
 from quant_ops import FullPrecision, QuantLinear, fake_quant, qparams_from_range  # noqa: E402
 
@@ -69,8 +67,7 @@ class Settings(NamedTuple):
 
 def parse_args():
     p = Parser(__doc__)
-    p.paper.add_argument("--wbits", type=whole_number, required=True, help="k of weights, 2..8")
-    p.paper.add_argument("--abits", type=whole_number, required=True, help="k of activations, 2..8")
+    p.add_method_flags("qdit", own="qkv, proj, fc1, fc2, weights of adaLN")
     p.paper.add_argument("--group-size", type=whole_number, default=128, help="input channels")
     p.paper.add_argument("--group-search", action="store_true", help="a size for each layer")
     p.paper.add_argument("--generations", type=whole_number, default=10, help="of the search")
@@ -78,19 +75,12 @@ def parse_args():
     p.ours.add_argument("--search-rows", type=whole_number, default=64, help="for its fitness")
     ranges = "activations: per token and group, or per sample and group"
     p.ours.add_argument("--act-range", choices=("token", "sample"), default="token", help=ranges)
-    layers = "own: Q-DiT's; released: those of 03_quantize.py (D6)"
-    p.ours.add_argument("--layers", choices=("own", "released"), default="own", help=layers)
-    p.ours.add_argument("--rows", type=whole_number, help="calibrate on so many, spread over t")
-    p.ours.add_argument("--tag", default="qdit", help="names the file quant_wXaY_TAG.pt")
-    p.add_unit_flags()
     return p.parse_args()
 
 
 def check(args):
-    check_bits(args, "wbits", "abits")
-    check_tag(args)
-    at_least_one(args, "group_size", "generations", "population", "search_rows", "rows")
-    check_unit_flags(args)
+    check_method_flags(args)
+    at_least_one(args, "group_size", "generations", "population", "search_rows")
 
 
 def layers_of(phase3, unit, cfg):
@@ -99,13 +89,6 @@ def layers_of(phase3, unit, cfg):
         return list(phase3.layers(unit, conditioning=False))
     layers = phase3.layers(unit, conditioning=True)
     return [x for x in layers if x.spec.unit == "block" and not isinstance(x.module, MatMul)]
-
-
-def divisor(count, size):
-    """The group size for so many channels: of their divisors the one nearest to `size`, as a ratio;
-    of two the smaller."""
-    divisors = [d for d in range(1, count + 1) if count % d == 0]
-    return min(divisors, key=lambda d: abs(math.log(d / size)))
 
 
 def inputs_of(module):
@@ -145,15 +128,10 @@ def on_quantized_inputs(layers, quantizers):
             handle.remove()
 
 
-def gram(data):
-    """H of GPTQ, up to a factor: the sum of x x^T over a layer's inputs, (I, I)."""
-    return sum((chunk.x.T @ chunk.x).double() for chunk in data)
-
-
 def quantize_linear(phase3, layer, Q_X, size, data, cfg):
     """A linear layer's state and cost; `data` has its inputs, quantized."""
     weight = layer.module.weight.detach().flatten(1)
-    W_hat, Q_W = gptq_groups(weight, size, cfg.wbits, gram(data))
+    W_hat, Q_W = gptq_groups(weight, size, cfg.wbits, gram(data, FullPrecision()))
     view = [len(weight), weight.shape[1] // size, size]
     state = quant_file.linear_state(layer.module, W_hat, Q_W, Q_X, view=view)
     data, rows = phase3.data(layer), len(phase3.unit.groups)
@@ -228,7 +206,7 @@ def main(args):
     sizes = group_sizes(phase3, cfg)
     for unit in phase3.units():
         phase3.save(unit, quantize_unit(phase3, unit, cfg, sizes))
-    phase3.finish(f"--wbits {cfg.wbits} --abits {cfg.abits} --tag {cfg.tag}")
+    phase3.finish()
 
 
 if __name__ == "__main__":

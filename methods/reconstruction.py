@@ -6,7 +6,7 @@ precision. For a method that works through the network in order:
 
     soft = {layer.name: SoftLinear(...) or SoftMatMul(...) for each layer of the unit}
     reconstruct(phase3, soft, inputs, recipe)      # inputs: phase3.quantized_inputs(), or its own
-    states = {name: layer.state() for name, layer in soft.items()}
+    done = {name: layer.done(data) for each of them, `data` being the layer's
 
 `Recipe` says what is learned and how. Each unit draws its batches from a seed of its own, so that
 a run that was killed ends as one that was not.
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from common import quant_file
 from common.cli import InputError
 from common.offload import in_batches, units
+from common.report import linear_cost, matmul_cost
 from methods.rounding import AdaRound
 from quant_ops import UniformQuantizer
 
@@ -69,8 +70,7 @@ class LearnedQuantizer(nn.Module):
 
     def hard(self):
         """The quantizer in the end."""
-        scale = self.scale.detach().clamp(min=1e-8)
-        return UniformQuantizer(self.bits, scale, self.zero_point)
+        return UniformQuantizer(self.bits, self.scale.detach(), self.zero_point)
 
 
 def learned(Q):
@@ -111,6 +111,11 @@ class SoftLinear(nn.Module):
         how = self.rounded, self.rounding.Q_W, hard(self.act), self.smooth
         return quant_file.linear_state(self.layer[0], *how)
 
+    def done(self, data):
+        """What a Phase 3 keeps of the layer, with its cost on these LayerData."""
+        data = data if self.smooth is None else data.smoothed(self.smooth)
+        return dict(state=self.state(), cost=linear_cost(data, self.rounded, hard(self.act)))
+
 
 class SoftMatMul(nn.Module):
     """A product of two activations whose scales learn."""
@@ -125,6 +130,10 @@ class SoftMatMul(nn.Module):
     def state(self):
         """For the quant file."""
         return quant_file.matmul_state(hard(self.a), hard(self.b))
+
+    def done(self, data):
+        """What a Phase 3 keeps of the layer, with its cost on these LayerData."""
+        return dict(state=self.state(), cost=matmul_cost(data, hard(self.a), hard(self.b)))
 
 
 def weights_only(state):
@@ -185,22 +194,27 @@ def what_learns(soft, recipe):
     return roundings, scales
 
 
-class CosineAdam(torch.optim.Adam):
-    """Adam whose learning rate falls to 0 along a cosine, in so many steps."""
+class ScaleAdam(torch.optim.Adam):
+    """Adam for scales: its learning rate falls to 0 along a cosine, in so many steps, and no scale
+    below a hundredth of what it was."""
 
-    def __init__(self, parameters, lr, steps):
-        super().__init__(parameters, lr)
+    def __init__(self, scales, lr, steps):
+        super().__init__(scales, lr)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self, steps)
+        self.scales, self.floors = scales, [scale.detach() / 100 for scale in scales]
 
+    @torch.no_grad()
     def step(self):
         super().step()
         self.schedule.step()
+        for scale, floor in zip(self.scales, self.floors, strict=True):
+            scale.clamp_(min=floor)
 
 
 def optimizers(alphas, scales, recipe):
     """Adam for each kind of what learns."""
     found = [torch.optim.Adam(alphas, recipe.weight_lr)] if alphas else []
-    return found + ([CosineAdam(scales, recipe.scale_lr, recipe.iterations)] if scales else [])
+    return found + ([ScaleAdam(scales, recipe.scale_lr, recipe.iterations)] if scales else [])
 
 
 def output_loss(found, wanted, power):

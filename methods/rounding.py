@@ -1,5 +1,7 @@
 """Rounding a weight with regard to the layer's inputs."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -82,9 +84,11 @@ def gptq_groups(weight: Tensor, group_size: int, bits: int, gram: Tensor, damp: 
     return rounded, UniformQuantizer(bits, scale, zero_point)
 
 
-def divisor(size: int, channels: int) -> int:
-    """A group size that divides the channels; else all of them are one group."""
-    return size if channels % size == 0 else channels
+def divisor(count: int, size: int) -> int:
+    """The group size for so many channels: of their divisors the one nearest to `size`, as a ratio;
+    of two the smaller."""
+    divisors = [d for d in range(1, count + 1) if count % d == 0]
+    return min(divisors, key=lambda d: abs(math.log(d / size)))
 
 
 def group_grid(weight: Tensor, group_size: int, bits: int, importance: Tensor) -> UniformQuantizer:

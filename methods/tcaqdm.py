@@ -43,7 +43,7 @@ from common.quantizers import AdaptiveQuantizer  # noqa: E402
 from common.trajectories import sample_again  # noqa: E402
 from common.unit_data import rows_to_search  # noqa: E402
 from methods import qdiffusion as base  # noqa: E402
-from methods.balancing import fold_into_adaln  # noqa: E402
+from methods.balancing import channel_peaks, fold_into_adaln  # noqa: E402
 from methods.power_law import power_law_ratio  # noqa: E402
 from methods.ranges import SHRINKS, ValueLoss, weight_by_shrinking  # noqa: E402
 from methods.reconstruction import Recipe, SoftLinear, SoftMatMul  # noqa: E402
@@ -55,25 +55,9 @@ from quant_ops import join_groups, search  # noqa: E402
 MOST = 100_000  # values that a power law is fitted to
 
 
-class Settings(NamedTuple):
-    """What decides the result: Q-Diffusion's, and its own."""
-
-    wbits: int
-    abits: int
-    softmax_bits: int
-    layers: str
-    weight_iterations: int
-    weight_batch: int
-    weight_lr: float
-    scale_iterations: int
-    scale_batch: int
-    tcr: bool
-    tcr_limit: float
-    daq: bool
-    par_rounds: int
-    par_share: float
-    rows: int | None
-    tag: str
+OWN = dict(tcr=bool, tcr_limit=float, daq=bool, par_rounds=int, par_share=float)
+# what decides the result: Q-Diffusion's settings, and its own
+Settings = NamedTuple("Settings", (base.Settings.__annotations__ | OWN).items())
 
 
 def parse_args():
@@ -101,12 +85,10 @@ def check(args):
 # TCR: timestep-channel joint reparameterization
 
 
-def channel_peaks(data):
+def group_peaks(data):
     """a_tj = max |X_tj|, the largest magnitude of every input channel in every time group, (G, I);
     `data` is a linear layer's."""
-    groups = map(data.of_group, range(data.num_groups))
-    peaks = ([chunk.x.abs().amax(dim=0) for chunk in rows] for rows in groups)
-    return torch.stack([torch.stack(of_chunks).amax(dim=0) for of_chunks in peaks])
+    return torch.stack([channel_peaks(data.of_group(i)) for i in range(data.num_groups)])
 
 
 def reparameterization(peaks, limit):
@@ -142,21 +124,17 @@ def start(layer, phase3, cfg):
     matmul = isinstance(layer.module, MatMul)
     if not cfg.tcr or matmul or layer.spec.unit != "block" or layer.spec.conditioning:
         return base.start(layer, cfg, cfg.wbits)
-    r = reparameterization(channel_peaks(phase3.data(layer)), cfg.tcr_limit)
+    r = reparameterization(group_peaks(phase3.data(layer)), cfg.tcr_limit)
     weight = layer.module.weight.detach() * r
     Q_W = weight_by_shrinking(weight, cfg.wbits)
     return SoftLinear(layer.module, weight, Q_W, FullPrecision(), r)
 
 
-def smoothed(soft, data):
-    """The layer's data as its quantizer sees them."""
-    smooth = getattr(soft, "smooth", None)
-    return data if smooth is None else data.smoothed(smooth)
-
-
 def set_ranges(soft, layer, data, cfg):
     """Before phase A: ranges of activations as Q-Diffusion's, and the grid after softmax."""
-    base.set_ranges(soft, layer, smoothed(soft, data), cfg, cfg.abits)
+    smooth = getattr(soft, "smooth", None)
+    seen = data if smooth is None else data.smoothed(smooth)
+    base.set_ranges(soft, layer, seen, cfg, cfg.abits)
     if cfg.daq and layer.spec.post_softmax:
         groups = map(data.of_group, range(data.num_groups))
         soft.a = join_groups([adaptive_quantizer(rows, cfg.softmax_bits) for rows in groups])
@@ -200,12 +178,7 @@ def quantize_unit(phase3, unit, cfg, before):
             set_ranges(soft[layer.name], layer, phase3.data(layer), cfg)
         inputs = phase3.unit.inputs
     reconstruct(phase3, soft, inputs, phase_a)
-    done = {}
-    for layer in layers:
-        one = soft[layer.name]
-        cost = base.cost_of(one, smoothed(one, phase3.data(layer)))
-        done[layer.name] = dict(state=one.state(), cost=cost)
-    return done
+    return {layer.name: soft[layer.name].done(phase3.data(layer)) for layer in layers}
 
 
 def finished(phase3):
@@ -243,7 +216,7 @@ def main(args):
             phase3.calib = aligned(phase3, before)
         for unit in phase3.units():
             phase3.save(unit, quantize_unit(phase3, unit, cfg, before))
-    phase3.finish(f"--wbits {cfg.wbits} --abits {cfg.abits} --tag {cfg.tag}", fold_into_adaln)
+    phase3.finish(fold_into_adaln)
 
 
 if __name__ == "__main__":

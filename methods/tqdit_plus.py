@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    Parser, at_least_one, check_bits, check_tag, check_unit_flags, model_name, run_script,
-    whole_number,
+    Parser, at_least_one, check_bits, check_tag, check_unit_flags, model_name, number_or_none,
+    run_script, whole_number,
 )  # fmt: skip
 from common.fast_search import make_search  # noqa: E402
 from common.phase3 import Machine, Phase3  # noqa: E402
@@ -76,10 +76,6 @@ class Bits(NamedTuple):
 
     weight: int
     inputs: int | None
-
-
-def number_or_none(text):
-    return None if text == "none" else whole_number(text)
 
 
 def parse_args():
@@ -146,7 +142,7 @@ def search_linear(weight, fit, layer, cfg, search):
     if bits.inputs is None:
         return search(weights, fit, WeightLoss(weight, FullPrecision())), FullPrecision()
     if cfg.input_group is not None:
-        Q_X = DynamicQuantizer(bits.inputs, "token", divisor(cfg.input_group, weight.shape[1]))
+        Q_X = DynamicQuantizer(bits.inputs, "token", divisor(weight.shape[1], cfg.input_group))
         if cfg.weight_group is None:
             Q_W = search(weights, fit, WeightLoss(weight, Q_X))
         return Q_W, Q_X
@@ -172,7 +168,7 @@ def rounded_weight(weight, fit, Q_W, Q_X, layer, cfg):
         return Q_W(weight), Q_W, {}
     H, more = gram(fit, Q_X), {}
     if cfg.weight_group is not None and not layer.spec.reads_image:  # that has few inputs
-        size = divisor(cfg.weight_group, weight.shape[1])
+        size = divisor(weight.shape[1], cfg.weight_group)
         Q_W = group_grid(weight, size, Q_W.bits, H.diagonal())
         more["view"] = (len(weight), weight.shape[1] // size, size)
     W_hat = rounded_to(Q_W, weight, more.get("view"), H if cfg.rounding == "gptq" else None)
@@ -243,7 +239,7 @@ def main(args):
             quantize_layer = quantize_matmul if matmul else quantize_linear
             done[layer.name] = quantize_layer(layer, phase3.data(layer), cfg, search_of_a_layer)
         phase3.save(unit, done)
-    phase3.finish(f"--wbits {cfg.wbits} --abits {cfg.abits} --tag {cfg.tag}")
+    phase3.finish()
 
 
 if __name__ == "__main__":

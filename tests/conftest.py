@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import torch  # noqa: E402
 from common import cli  # noqa: E402
 from common.layer_data import LayerData, LinearChunk  # noqa: E402
 from common.phase3 import Layer  # noqa: E402
+from common.quant_file import load_quant  # noqa: E402
 from models_dit import Diffusion, DiT, LayerSpec  # noqa: E402
 
 FAKE_CUDA = ROOT / "tests" / "fake_cuda" / "fake_cuda.py"  # a launcher: a simulated CUDA device
@@ -184,6 +186,20 @@ def trained_dit(**config):
         torch.nn.functional.mse_loss(eps_theta, eps).backward()
         optimizer.step()
     return model.eval()
+
+
+def quant_file_of(script, run, *flags):
+    """The quant file that a method writes, and what it prints; nothing is left over."""
+    result = run_in_process(script, "--run", run, *flags)
+    assert result.returncode == 0 and not leftovers(run), result.stderr
+    return load_quant(re.search(r"wrote (\S+\.pt)", result.stdout)[1]), result.stdout
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A run with a calib.pt alone, for methods without gradients; some files have their own."""
+    shutil.copy(tiny_run / "calib.pt", tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,13 @@
 """methods/ditas.py: low-rank branch, smoothing, grid search, and the script on the tiny DiT. The
 numbers of the authors' code are from DZY122/DiTAS at commit 665c7eb."""
 
-import shutil
-
 import pytest
 import torch
 from conftest import (
     layer_of,
-    leftovers,
     linear_data,
     load_script,
+    quant_file_of,
     refused,
     run_in_process,
     snapshot,
@@ -158,18 +156,9 @@ def test_smoothing_and_branch_lower_the_cost():
 # The script
 
 
-@pytest.fixture
-def run(tiny_run, tmp_path):
-    """A run with a calib.pt alone."""
-    shutil.copy(tiny_run / "calib.pt", tmp_path)
-    return tmp_path
-
-
 def made(run, *flags):
     """The quant file, and what was printed."""
-    result = run_in_process(SCRIPT, "--run", run, *FLAGS, *flags)
-    assert result.returncode == 0 and not leftovers(run), result.stderr
-    return load_quant(run / "quant_w4a5_ditas.pt"), result.stdout
+    return quant_file_of(SCRIPT, run, *FLAGS, *flags)
 
 
 def test_own_layers_are_the_four_of_a_block(run):

@@ -1,13 +1,19 @@
 """methods/htg.py: groups, centres, factors, by hand; and the script on the tiny DiT."""
 
-import shutil
-
 import pytest
 import torch
 import torch.nn as nn
-from conftest import layer_of, linear_data, load_script, refused, run_in_process, snapshot
+from conftest import (
+    layer_of,
+    linear_data,
+    load_script,
+    quant_file_of,
+    refused,
+    run_in_process,
+    snapshot,
+)
 
-from common.quant_file import load_quant, make_layer
+from common.quant_file import make_layer
 
 SCRIPT = "methods/htg"
 HTG = load_script(SCRIPT)
@@ -102,17 +108,8 @@ def test_shifted_layer_follows_the_drift():
     assert abs(error / found["cost"] - 1) < 1e-3  # the report's cost is the layer's own error
 
 
-@pytest.fixture
-def run(tiny_run, tmp_path):
-    """A run with a calib.pt alone."""
-    shutil.copy(tiny_run / "calib.pt", tmp_path)
-    return tmp_path
-
-
 def made(run, *flags):
-    result = run_in_process(SCRIPT, "--run", run, *FLAGS, *flags)
-    assert result.returncode == 0, result.stderr
-    return load_quant(run / "quant_w4a6_htg.pt")
+    return quant_file_of(SCRIPT, run, *FLAGS, *flags)[0]
 
 
 def test_file_tells_layers_the_timestep(run):

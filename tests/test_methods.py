@@ -15,7 +15,7 @@ from common.layer_schema import Block
 from common.quant_file import make_layer, unpack_weight
 from common.quantizers import hadamard_matrix, rotate
 from methods.balancing import Way, smoothquant_factors
-from methods.rounding import divisor, gptq, group_grid, low_rank_part, rounded_to
+from methods.rounding import gptq, group_grid, low_rank_part, rounded_to
 
 PLUS = load_script("methods/tqdit_plus")
 PLAIN = dict(
@@ -110,10 +110,6 @@ def test_group_grid_has_the_least_weighted_error_of_its_candidates():
     plain = group_grid(weight, 8, 3, torch.ones(32))(parts).view(6, 32)
     at = counts > 1
     assert (found(parts).view(6, 32) - weight)[:, at].norm() < (plain - weight)[:, at].norm()
-
-
-def test_a_group_that_does_not_divide_the_channels_is_all_of_them():
-    assert (divisor(8, 32), divisor(8, 12), divisor(64, 32)) == (8, 12, 32)
 
 
 def test_low_rank_part_leaves_the_least_output_error():

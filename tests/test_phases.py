@@ -445,7 +445,8 @@ def driver(run, tmp_path, **how):
     """A Phase 3 of its own in a run without grads/."""
     shutil.copy(run / "calib.pt", tmp_path)
     where = Machine(CPU, 4, None, False)
-    return Phase3(tmp_path, "w4a4_own", "own", dict(wbits=4, abits=4, rows=None), where, **how)
+    settings = dict(wbits=4, abits=4, rows=None, tag="own")
+    return Phase3(tmp_path, "w4a4_own", "own", settings, where, **how)
 
 
 def rounded_layers(phase3, unit, bits=4):
@@ -476,7 +477,7 @@ def test_without_gradients_all_rows_weigh_the_same(tiny_run, tmp_path):
                     weight = layer.module.weight.flatten(1)
                     torch.testing.assert_close(chunk.x @ weight.T, chunk.out, rtol=1e-4, atol=1e-4)
         phase3.save(unit, rounded_layers(phase3, unit))
-    phase3.finish("")
+    phase3.finish()
     file = load_artifact(tmp_path / "quant_w4a4_own.pt", "quant", "")
     assert file["inputs"].keys() == {"calib", "checkpoint"} and "eps" not in file["settings"]
 
@@ -489,7 +490,7 @@ def test_in_order_inputs_come_out_of_the_quantized_units_before(tiny_run, tmp_pa
         if unit != "block_01":
             seen[unit] = phase3.quantized_inputs()
         phase3.save(unit, rounded_layers(phase3, unit))
-    phase3.finish("")
+    phase3.finish()
     artifact = quant_file.load_quant(tmp_path / "quant_w4a4_own.pt")
     model, rows = quant_file.build_quantized(artifact, ""), phase3.calib["calibration"]
     told = m.Diffusion(6).timestep_map[rows["t"]]

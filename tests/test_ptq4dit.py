@@ -4,13 +4,10 @@ THEIRS is what the authors' code gives on `drawn`: adreamwu/PTQ4DiT@fc27e97, mod
 factors of one layer; each of its samples is a timestep here.
 """
 
-import shutil
-
 import pytest
 import torch
-from conftest import refused, run_in_process, snapshot, wave
+from conftest import quant_file_of, refused, run_in_process, snapshot, wave
 
-from common.quant_file import load_quant
 from methods.balancing import by_timestep, salience_factors
 
 SCRIPT = "methods/ptq4dit"
@@ -32,17 +29,8 @@ def test_factors_are_those_of_the_authors():
     torch.testing.assert_close(found, torch.tensor(THEIRS), rtol=0, atol=1e-5)
 
 
-@pytest.fixture
-def run(tiny_run, tmp_path):
-    """A run with a calib.pt alone."""
-    shutil.copy(tiny_run / "calib.pt", tmp_path)
-    return tmp_path
-
-
 def made(run, *flags):
-    result = run_in_process(SCRIPT, "--run", run, *FLAGS, *flags)
-    assert result.returncode == 0, result.stderr
-    return load_quant(run / "quant_w4a6_ptq4dit.pt")
+    return quant_file_of(SCRIPT, run, *FLAGS, *flags)[0]
 
 
 def test_qkv_and_fc1_are_folded_and_proj_divides(run):

@@ -1,10 +1,8 @@
 """methods/qdiffusion.py: phases W and A of a unit, and the script on the tiny DiT."""
 
-import shutil
-
 import pytest
 import torch
-from conftest import load_script, refused, run_in_process, snapshot
+from conftest import load_script, quant_file_of, refused, run_in_process, snapshot
 
 from common.artifacts import load_artifact
 from common.quant_file import load_quant, unpack_weight
@@ -15,17 +13,8 @@ QD = load_script(SCRIPT)
 FLAGS = "--wbits 4 --abits 5 --weight-iterations 3 --scale-iterations 3 --weight-batch 4".split()
 
 
-@pytest.fixture
-def run(tiny_run, tmp_path):
-    """A run with a calib.pt alone."""
-    shutil.copy(tiny_run / "calib.pt", tmp_path)
-    return tmp_path
-
-
 def made(run, *flags):
-    result = run_in_process(SCRIPT, "--run", run, *FLAGS, *flags)
-    assert result.returncode == 0, result.stderr
-    return load_quant(run / "quant_w4a5_qdiffusion.pt"), result.stdout
+    return quant_file_of(SCRIPT, run, *FLAGS, *flags)
 
 
 def test_own_layers_are_all_that_multiply(run):

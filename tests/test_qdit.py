@@ -3,11 +3,17 @@
 The numbers of the authors' code are from Juanerx/Q-DiT at commit 519d24a."""
 
 import random
-import shutil
 
 import pytest
 import torch
-from conftest import layer_of, leftovers, load_script, refused, run_in_process, snapshot
+from conftest import (
+    layer_of,
+    load_script,
+    quant_file_of,
+    refused,
+    run_in_process,
+    snapshot,
+)
 
 from common.quant_file import load_quant
 from common.quantizers import DynamicQuantizer
@@ -143,18 +149,10 @@ def test_mutants_and_crossovers_stay_near_their_parents():
 # The script
 
 
-@pytest.fixture
-def run(tiny_run, tmp_path):
-    """A run with a calib.pt alone."""
-    shutil.copy(tiny_run / "calib.pt", tmp_path)
-    return tmp_path
-
-
 def made(run, *flags):
     """The layers of the quant file, and what was printed."""
-    result = run_in_process(SCRIPT, "--run", run, *FLAGS, *flags)
-    assert result.returncode == 0 and not leftovers(run), result.stderr
-    return load_quant(run / "quant_w4a5_qdit.pt")["layers"], result.stdout
+    file, printed = quant_file_of(SCRIPT, run, *FLAGS, *flags)
+    return file["layers"], printed
 
 
 def test_own_layers_are_those_of_the_blocks(run):
@@ -190,7 +188,7 @@ def test_gptq_sees_quantized_inputs_of_quantized_units(run, monkeypatch):
     full-precision units, but for the first."""
     seen, Q = [], DynamicQuantizer(5, "token", 32)
     gram = QDIT.gram
-    monkeypatch.setattr(QDIT, "gram", lambda data: seen.append(data) or gram(data))
+    monkeypatch.setattr(QDIT, "gram", lambda data, Q: seen.append(data) or gram(data, Q))
     quantize = QDIT.quantize_linear
     plain = []
 

@@ -202,6 +202,17 @@ def test_scales_of_inputs_learn_for_each_time_group_on_their_own():
     torch.testing.assert_close(expected, fine(weight))
 
 
+def test_no_scale_falls_below_a_hundredth_of_what_it_was():
+    """A gradient that only shrinks it, at a rate as large as the scale itself."""
+    scale = nn.Parameter(torch.tensor([0.004, 1.0]))
+    adam = r.ScaleAdam([scale], 0.01, 100)
+    for _ in range(20):
+        adam.zero_grad()
+        scale.sum().backward()
+        adam.step()
+    assert scale[0].item() == pytest.approx(0.00004) and 0.8 < scale[1] < 0.9
+
+
 @pytest.mark.parametrize("power, expected", [(2.0, 1 + 4), (1.0, 1 + 2)])
 def test_output_loss_sums_the_second_axis_and_averages_the_others(power, expected):
     """Errors 1 and 2 of two tokens, of every sample and channel."""

@@ -23,12 +23,12 @@ CPU, ALONE = torch.device("cpu"), ProcessGroup(0, 1)
 # TCR
 
 
-def test_channel_peaks_are_those_of_each_group():
+def test_group_peaks_are_those_of_each_group():
     """a_tj: the largest magnitude of each channel in each time group, over several chunks."""
     torch.manual_seed(0)
     x, group = torch.randn(23, 5), torch.randint(3, (23,))
     group[-3:] = torch.arange(3)
-    peaks = TCAQ.channel_peaks(linear_data(torch.ones(23, 2), None, x, group, rows=4))
+    peaks = TCAQ.group_peaks(linear_data(torch.ones(23, 2), None, x, group, rows=4))
     for i in range(3):
         assert torch.equal(peaks[i], x[group == i].abs().max(dim=0).values)
 
