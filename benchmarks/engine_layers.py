@@ -17,9 +17,9 @@ import torch
 
 from processes import hardware
 from random_run import lively
-from sampling import GROUPS, quantize, seconds, widths
+from sampling import GROUPS, add_timing_flags, quantize, seconds, widths
 
-from common.cli import pick_device, run_script
+from common.cli import run_script
 from engine.int_products import has_int_unit
 from models_dit import DiT_models
 
@@ -102,12 +102,7 @@ def parse_args():
     )
     p.add_argument("--rows", type=int, default=32768, help="samples times 256 tokens")
     p.add_argument("--bits", type=widths, default=(8, 8), help="such as 8/8 or 4/8")
-    p.add_argument("--rounds", type=int, default=9)
-    p.add_argument("--steps", type=int, default=20, help="a round's calls of each")
-    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="full precision's")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument("--device", type=pick_device, default=device)
+    add_timing_flags(p, 20, "a round's calls of each")
     return p.parse_args()
 
 

@@ -27,8 +27,8 @@ import torch.nn as nn
 
 from jobs import Job
 from memory import CPU, DEFAULTS, in_new_process
-from page import command_line, table, write_section
-from processes import hardware, instruction_sets, timed
+from page import publish, table
+from processes import cpu_and_torch, timed
 from random_run import lively
 
 from common.artifacts import atomic_write
@@ -215,13 +215,9 @@ def main(args):
     in_new_process(write_files, folder / "files", config)
     rows = table(HEADER, perform_all(folder.resolve()))
     sizes = [f"{name} {mib(folder / 'files', name):.0f} MiB" for name in (CHECKPOINT, VAE)]
-    machine = f"{hardware(CPU)} ({instruction_sets()}), {torch.get_num_threads()} threads"
     what = f"{args.model}, {config['depth']} blocks, x of {args.input_size} x {args.input_size}"
-    text = f"{what}. {machine}, torch {torch.__version__}. Downloads: {', '.join(sizes)}.\n\n{rows}"
-    print(text)
-    if args.out:
-        command = f"```sh\n{command_line()}\n```\n"
-        write_section(args.out, "full size", "\n".join([INTRODUCTION, command, text]))
+    text = f"{what}. {cpu_and_torch()}. Downloads: {', '.join(sizes)}.\n\n{rows}"
+    publish(args.out, "full size", INTRODUCTION, text)
 
 
 def parse_args():

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from page import command_line, table, write_section
-from processes import hardware, instruction_sets
+from page import publish, table
+from processes import cpu_and_torch
 from random_run import STEPS, lively, released_layers
 from sampling import GROUPS, GUIDANCE, input_ranges, layer_state, widths
 
@@ -189,12 +189,8 @@ def main(args):
         in_new_process(write_files, Path(folder), config, args.bits)
         rows = table(HEADER, measure_all(Path(folder), files, args.engines))
     blocks = f", {args.depth} blocks" if args.depth else ""
-    machine = f"{hardware(CPU)} ({instruction_sets()}), {torch.get_num_threads()} threads"
-    text = f"{args.model}{blocks}. {machine}, torch {torch.__version__}.\n\n{rows}"
-    print(text)
-    if args.out:
-        command = f"```sh\n{command_line()}\n```\n"
-        write_section(args.out, "memory", "\n".join([INTRODUCTION, command, text]))
+    text = f"{args.model}{blocks}. {cpu_and_torch()}.\n\n{rows}"
+    publish(args.out, "memory", INTRODUCTION, text)
 
 
 def parse_args():

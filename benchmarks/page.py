@@ -247,3 +247,12 @@ def write_section(path, name, text, introduction=INTRODUCTION):
     new = f"{before}{begin}\n\n{text}\n{end}{after}"
     with atomic_write(path) as file:
         file.write(new.encode())
+
+
+def publish(page, name, introduction, text):
+    """Print what a benchmark found; put it, with its introduction and the command, into its section
+    of a page, if one is given."""
+    print(text)
+    if page:
+        command = f"```sh\n{command_line()}\n```\n"
+        write_section(page, name, "\n".join([introduction, command, text]))

@@ -55,3 +55,9 @@ def instruction_sets():
     wanted = "avx2", "avx512_f", "avx512_vnni", "avx_vnni", "amx_int8"
     found = getattr(torch.cpu, "get_capabilities", dict)()
     return ", ".join(name for name in wanted if found.get(name)) or "none of " + ", ".join(wanted)
+
+
+def cpu_and_torch():
+    """What a figure of this process on the CPU was made by."""
+    threads, cpu = torch.get_num_threads(), hardware(torch.device("cpu"))
+    return f"{cpu} ({instruction_sets()}), {threads} threads, torch {torch.__version__}"

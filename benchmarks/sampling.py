@@ -193,6 +193,16 @@ def main(args):
             print(f"| {label}", f"{1000 * median(found):.2f}", *ratios, sep=" | ", end=" |\n")
 
 
+def add_timing_flags(p, steps, what):
+    """How often to time what, in which numbers, and where."""
+    p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--steps", type=int, default=steps, help=what)
+    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    p.add_argument("--device", type=pick_device, default=device)
+
+
 def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,12 +214,7 @@ def parse_args():
     engines = ("float", "int8", "int8-folded")
     p.add_argument("--engines", nargs="+", choices=engines, default=["float"], help="of 04")
     p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--rounds", type=int, default=9)
-    p.add_argument("--steps", type=int, default=5, help="a round's steps of each")
-    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument("--device", type=pick_device, default=device)
+    add_timing_flags(p, 5, "a round's steps of each")
     return p.parse_args()
 
 
