@@ -228,11 +228,11 @@ def test_hadamard_keeps_the_cheaper_of_both(monkeypatch):
 
 def test_dynamic_inputs_have_a_scale_for_each_token_and_group():
     """Nothing is searched: the type and the group are in the file. Less error than static scales;
-    a group that does not divide the inputs is all of them."""
+    for a group that does not divide the inputs, the nearest size that does (as in Q-DiT)."""
     _, _, state, cost = quantized(abits=4, wbits=8, input_group=4)
     assert state["act"] == dict(type="dynamic", bits=4, per="token", group_size=4)
     assert cost < 0.5 * quantized(abits=4, wbits=8, tgq_inputs=True)[-1]
-    assert quantized(input_group=5)[2]["act"]["group_size"] == 16
+    assert quantized(input_group=5)[2]["act"]["group_size"] == 4
 
 
 def test_weight_groups_lower_the_layer_s_cost():
