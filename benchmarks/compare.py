@@ -7,6 +7,7 @@ that are there. On a CPU each core works on a job of its own.
 
     make compare             # N = 200, at W6A6 and W4A8 800: most of a day on 2 cores
     make compare QUICK=1     # 20 images, 40 rows, few iterations: it shows that all scripts work
+    python benchmarks/compare.py --compile             # three quarters of that time
     python benchmarks/compare.py --only qdit ptqd 4/8 --from runs/tables/full/T100_seed0
 
 To do a method again, delete what is left of it, RUN/*NAME* and RUN/jobs/*NAME*.
@@ -40,6 +41,7 @@ def parse_args():
     p.add_argument("--rows", type=whole_number, help="calibration rows of a search; default: all")
     scale = "of the papers' numbers of iterations (PTQD: trajectories too), for larger networks"
     p.add_argument("--iterations", type=float, help=scale)
+    p.add_argument("--compile", action="store_true", help="sample with 04's --compile")
     choices = [*METHODS, *WIDTHS, *LAYERS]
     only = (
         "these methods, widths, tables; default: all. released: the same layers; own: each its own"

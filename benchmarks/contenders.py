@@ -120,6 +120,7 @@ class Comparison(Jobs):
 
     def sample(self, name, flags, count):
         command = ["benchmarks/more_images.py", *flags, "--num-images", count]
+        command += ["--compile"] * self.args.compile
         self.add(3, self.run, f"04 {name} {count}", command, 2.6 * count * self.args.steps)
 
     def perform(self, job):

@@ -21,6 +21,7 @@ from common.cli import InputError, at_least_one, model_name, run_script, whole_n
 from common.images import save_samples
 
 COUNT = "num_images", "first"  # the settings of 04 that slices of one file differ in
+COMPILE = "--compile", "--batch-size", 100  # the same for hundreds: each size is compiled anew
 
 
 def parse_args():
@@ -30,6 +31,7 @@ def parse_args():
     p.add_argument("--run", type=Path, default=Path("runs/demo"))
     p.add_argument("--num-images", type=whole_number, required=True, help="N, of the whole file")
     p.add_argument("--fp", action="store_true", help="the full-precision model")
+    p.add_argument("--compile", action="store_true", help="04 --compile")
     for flag in ("--wbits", "--abits", "--tag"):
         p.add_argument(flag, help="the model, as for 04")
     args = p.parse_args()
@@ -57,7 +59,7 @@ def sample(args, source, first):
     model = ["--fp"] if args.fp else ["--wbits", args.wbits, "--abits", args.abits]
     model += ["--tag", args.tag] if args.tag else []
     count = ["--first", first, "--num-images", args.num_images - first]
-    run_phase("04_sample", "--run", folder.resolve(), *model, *count)
+    run_phase("04_sample", "--run", folder.resolve(), *model, *count, *args.compile * COMPILE)
     return folder
 
 
