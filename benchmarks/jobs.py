@@ -19,6 +19,7 @@ from common.cli import InputError
 
 
 DEMO = "--ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --cfg-scale 2".split()
+COMPILE = "--compile", "--batch-size", "100"  # N in hundreds: another size is compiled anew
 
 
 class Job(NamedTuple):

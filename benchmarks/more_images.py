@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jobs import COMPILE
 from random_run import run_phase
 
 from common.artifacts import sha256_of
@@ -21,7 +22,6 @@ from common.cli import InputError, at_least_one, model_name, run_script, whole_n
 from common.images import save_samples
 
 COUNT = "num_images", "first"  # the settings of 04 that slices of one file differ in
-COMPILE = "--compile", "--batch-size", 100  # the same for hundreds: each size is compiled anew
 
 
 def parse_args():

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jobs import Jobs
+from jobs import COMPILE, Jobs
 
 TQDIT, PLUS = "03_quantize.py", "methods/tqdit_plus.py"
 RUNGS = {  # Table III, in its order; "full" is the paper's method, without a tag
@@ -107,6 +107,6 @@ class Sweep(Jobs):
         self.sample(self.run_of(row), row.name, row.steps, name)
 
     def sample(self, run, name, steps, flags):
-        images = ["--num-images", self.args.num_images]
+        images = ["--num-images", self.args.num_images, *self.args.compile * COMPILE]
         cost = 2.6 * self.args.num_images * steps
         self.add(3, run, f"04 {name}", ["04_sample.py", *flags, *images], cost)

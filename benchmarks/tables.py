@@ -47,6 +47,7 @@ def parse_args():
     p.add_argument("--ablation-steps", type=whole_number, help="T of all other tables")
     widths = ["8/8", "6/6", "4/8", "4/4"]
     p.add_argument("--bits", nargs="+", choices=widths, default=widths, help="of Tables I to III")
+    p.add_argument("--compile", action="store_true", help="sample with 04's --compile")
     contents = "; ".join(f"{name}: {what}" for name, what in TABLES.items())
     p.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help=contents)
     p.add_argument("--name", help="what every row calls this sweep")

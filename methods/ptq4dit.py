@@ -35,15 +35,15 @@ from common.unit_data import rows_to_search  # noqa: E402
 from methods.balancing import (  # noqa: E402
     by_timestep, channel_ends, fold_into_adaln, salience_factors,
 )  # fmt: skip
+from methods.learning_rates import add_rate_flags, check_rates  # noqa: E402
 from methods.ranges import values_by_percentile, weight_by_percentile  # noqa: E402
 from methods.reconstruction import (  # noqa: E402
-    Recipe, SoftLinear, SoftMatMul, check_rate, reconstruct,
+    Recipe, SoftLinear, SoftMatMul, reconstruct,
 )  # fmt: skip
 from models_dit import MatMul  # noqa: E402
 from quant_ops import FullPrecision  # noqa: E402
 
 BALANCED = "attn.qkv", "attn.proj", "mlp.fc1"
-SCALE_LR = 4e-5
 
 
 class Settings(NamedTuple):
@@ -57,6 +57,7 @@ class Settings(NamedTuple):
     iterations: int
     batch: int
     weight_lr: float
+    scale_lr: float
     layers: str
     rows: int | None
     tag: str
@@ -71,8 +72,7 @@ def parse_args():
     what = "of reconstruction, a unit; 0: none"
     p.paper.add_argument("--iterations", type=whole_number, default=20000, help=what)
     p.paper.add_argument("--batch", type=whole_number, default=32, help="rows of an iteration")
-    rate = "Adam's for rounding; fewer iterations want more"
-    p.paper.add_argument("--weight-lr", type=float, default=1e-3, help=rate)
+    add_rate_flags(p, 4e-5)
     return p.parse_args()
 
 
@@ -80,7 +80,7 @@ def check(args):
     check_method_flags(args)
     check_bits(args, "softmax_bits")
     at_least_one(args, "batch", *(["iterations"] if args.iterations else []))
-    check_rate(args)
+    check_rates(args)
 
 
 def factors(layer, data, t, cfg):
@@ -111,7 +111,7 @@ def quantize_unit(phase3, unit, t, cfg):
     """Balance and reconstruct a unit: name -> dict(state, cost)."""
     layers = list(phase3.layers(unit, conditioning=cfg.layers == "own"))
     soft = {layer.name: start(layer, phase3.data(layer), t, cfg) for layer in layers}
-    recipe = Recipe(cfg.iterations, cfg.batch, weight_lr=cfg.weight_lr, scale_lr=SCALE_LR)
+    recipe = Recipe(cfg.iterations, cfg.batch, cfg.weight_lr, cfg.scale_lr)
     if cfg.iterations:
         reconstruct(phase3, soft, phase3.quantized_inputs(), recipe)
     return {layer.name: soft[layer.name].done(phase3.data(layer)) for layer in layers}

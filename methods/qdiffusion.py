@@ -28,14 +28,15 @@ from common.cli import (  # noqa: E402
     Parser, at_least_one, check_bits, check_method_flags, model_name, run_script, whole_number,
 )  # fmt: skip
 from common.phase3 import Machine, Phase3  # noqa: E402
+from methods.learning_rates import add_rate_flags, check_rates  # noqa: E402
 from methods.ranges import values_by_shrinking, weight_by_shrinking  # noqa: E402
 from methods.reconstruction import (  # noqa: E402
-    Recipe, SoftLinear, SoftMatMul, check_rate, learned, reconstruct, weights_only,
+    Recipe, SoftLinear, SoftMatMul, learned, reconstruct, weights_only,
 )  # fmt: skip
 from models_dit import MatMul  # noqa: E402
 from quant_ops import FullPrecision  # noqa: E402
 
-SCALE_LR, SCALE_POWER = 4e-4, 2.4
+SCALE_POWER = 2.4  # p of |error|^p, for ranges and scales of activations
 
 
 class Settings(NamedTuple):
@@ -48,6 +49,7 @@ class Settings(NamedTuple):
     weight_iterations: int
     weight_batch: int
     weight_lr: float
+    scale_lr: float
     scale_iterations: int
     scale_batch: int
     rows: int | None
@@ -66,8 +68,7 @@ def add_flags(p, weight_iterations, weight_batch, scale_iterations, scale_batch,
     )
     for flag, default, what in counts:
         p.paper.add_argument(flag, type=whole_number, default=default, help=what)
-    rate = "Adam's for rounding; fewer iterations want more"
-    p.paper.add_argument("--weight-lr", type=float, default=1e-3, help=rate)
+    add_rate_flags(p, 4e-4)
 
 
 def parse_args():
@@ -83,7 +84,7 @@ def check(args):
     for flag in ("weight_iterations", "scale_iterations"):
         if getattr(args, flag):
             at_least_one(args, flag)
-    check_rate(args)
+    check_rates(args)
 
 
 def start(layer, cfg, wbits):
@@ -116,7 +117,7 @@ def quantize_unit(phase3, unit, cfg, edge_bits=None):
         reconstruct(phase3, soft, phase3.quantized_inputs(weights_only), phase_w)
     for layer in layers:
         set_ranges(soft[layer.name], layer, phase3.data(layer), cfg, abits)
-    learn = dict(scale_lr=SCALE_LR, power=SCALE_POWER)
+    learn = dict(scale_lr=cfg.scale_lr, power=SCALE_POWER)
     if not edge:
         phase_a = Recipe(cfg.scale_iterations, cfg.scale_batch, **learn)
         reconstruct(phase3, soft, phase3.unit.inputs, phase_a)

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import quant_file
-from common.cli import InputError
 from common.offload import in_batches, units
 from common.report import linear_cost, matmul_cost
 from methods.rounding import AdaRound
@@ -40,12 +39,6 @@ class Recipe(NamedTuple):
     warmup: float = 0.2  # share of the iterations without it
     beta: tuple = (20.0, 2.0)  # its exponent, at the end of the warm-up and of the iterations
     seed: int = 1
-
-
-def check_rate(args):
-    """InputError unless --weight-lr is a learning rate."""
-    if not 0 < args.weight_lr < 1:
-        raise InputError(f"--weight-lr {args.weight_lr}: above 0, below 1")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def recipes(cfg, share):
     counts = (math.ceil(share * n) for n in (cfg.weight_iterations, cfg.scale_iterations))
     weights, scales = zip(counts, (cfg.weight_batch, cfg.scale_batch), strict=True)
     phase_w = Recipe(*weights, weight_lr=cfg.weight_lr)
-    return phase_w, Recipe(*scales, scale_lr=base.SCALE_LR, power=base.SCALE_POWER)
+    return phase_w, Recipe(*scales, scale_lr=cfg.scale_lr, power=base.SCALE_POWER)
 
 
 def quantize_unit(phase3, unit, cfg, before):

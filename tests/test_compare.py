@@ -222,6 +222,26 @@ def test_images_are_added_to_those_that_are_there(sample, tiny_run):
     assert not (sample.run / ".slices" / "w6a6").exists()
 
 
+def test_a_comparison_that_compiles_tells_04_so(sample, monkeypatch):
+    """Through more_images.py; batches of one size, as each size is compiled anew."""
+    comparison = contenders.Comparison(options(monkeypatch, "--compile"))
+    comparison.sample("w6a6_tqdit", ["--wbits", 6, "--abits", 6], 200)
+    assert "--compile" in comparison.stages[3][0].command
+    seen = []
+
+    def phase(_, *flags):
+        seen.extend(flags)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(more_images, "run_phase", phase)
+    flags = f"--run {sample.run} --wbits 6 --abits 6 --num-images 200 --compile"
+    monkeypatch.setattr(sys, "argv", ["more_images.py", *flags.split()])
+    with pytest.raises(InputError, match="far enough"):
+        more_images.main(more_images.parse_args())
+    assert parsed(monkeypatch, ["04_sample.py", *map(str, seen)]).compile
+    assert seen[-2:] == ["--batch-size", "100"]
+
+
 def test_images_of_another_quant_file_are_refused(sample):
     """Neither kept nor added to; so are samples that do not begin at image 0."""
     sample(2)

@@ -49,6 +49,8 @@ def test_without_iterations_weights_are_rounded_to_nearest(run):
         torch.testing.assert_close(found, weight_by_shrinking(weight, 4)(weight))
     was, now = (file["layers"][name]["act"]["scale"] for file in (plain, learned))
     assert was != now and abs(now / was - 1) < 0.2
+    slow, _ = made(run, *none[:2], "--scale-iterations", "20", "--scale-lr", "1e-6", "--force")
+    assert 0 < abs(slow["layers"][name]["act"]["scale"] - was) < 0.1 * abs(now - was)
 
 
 def test_rounding_learns_with_the_units_before_quantized(run):
@@ -64,6 +66,8 @@ def test_rounding_learns_with_the_units_before_quantized(run):
     (["--softmax-bits", "9"], "--softmax-bits 9: must be 2..8"),
     (["--scale-iterations", "-1"], "--scale-iterations -1: at least 1"),
     (["--weight-batch", "0"], "--weight-batch 0: at least 1"),
+    (["--weight-lr", "1"], "--weight-lr 1.0: above 0, below 1"),
+    (["--scale-lr", "0"], "--scale-lr 0.0: above 0, below 1"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(run, flags, words):
     """One line, status 2, nothing written."""
