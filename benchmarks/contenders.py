@@ -112,8 +112,9 @@ class Comparison(Jobs):
         flags += ["--rows", self.args.rows] if self.args.rows else []
         iterations = self.iterations(model.method)
         flags += [x for pair in iterations.items() for x in pair]
-        if iterations:  # fewer, so each goes further; 0.001 is the papers'
-            flags += ["--weight-lr", min(0.01, 0.001 / self.args.iterations)]
+        if iterations and self.args.iterations < 1:  # the papers' rates are 0.001, and 4e-4 or 4e-5
+            flags += ["--weight-lr", min(0.01, 0.001 / self.args.iterations)]  # each goes further
+            flags += ["--scale-lr", 4e-5]  # 4e-4 takes thousands of iterations to settle
         cost = 150 * (self.args.rows or 320) + 100 * sum(iterations.values())
         self.add(2, self.run, f"03 {model.name}", [method.script, *name, *flags], cost)
         self.sample(model.name, name, self.num_images(model.bits))
