@@ -66,22 +66,28 @@ def parse_args():
 
 
 def plan(args):
-    """The comparison, with all its jobs, and its models."""
+    """The comparison, with all its jobs, and what its tables hold: (layers, model, N) each."""
 
     def named(choices):
         return [name for name in choices if name in args.only] or list(choices)
 
-    methods, layers = named(METHODS), named(LAYERS)
-    widths = [WIDTHS[name] for name in named(WIDTHS)]
-    models = [Model(method, bits) for bits in widths for method in methods if "released" in layers]
-    own = [method for method in methods if not METHODS[method].variant and "own" in layers]
-    models += [own_model(method, bits) for bits in widths if bits in MAIN for method in own]
-    comparison = Comparison(args)
-    models = list(dict.fromkeys(models))
-    comparison.sample("fp", ["--fp"], max(comparison.num_images(m.bits) for m in models))
-    for model in models:
-        comparison.model(model)
-    return comparison, models
+    methods, widths = named(METHODS), [WIDTHS[name] for name in named(WIDTHS)]
+    own = [method for method in methods if not METHODS[method].variant]
+    tables = dict(
+        released=[Model(method, bits) for bits in widths for method in methods],
+        own=[own_model(method, bits) for bits in widths if bits in MAIN for method in own],
+    )
+    comparison, counts = Comparison(args), {}
+    entries = [
+        (layers, model, comparison.num_images(model.bits, layers))
+        for layers in named(LAYERS) for model in tables[layers]
+    ]  # fmt: skip
+    for _, model, count in entries:  # it may be in both tables
+        counts[model] = max(count, counts.get(model, 0))
+    comparison.sample("fp", ["--fp"], max(counts.values(), default=args.num_images))
+    for model, count in counts.items():
+        comparison.model(model, count)
+    return comparison, entries
 
 
 def start_from(source, run):
@@ -99,25 +105,23 @@ def start_from(source, run):
 
 
 def main(args):
-    comparison, models = plan(args)
+    comparison, entries = plan(args)
     if args.source:
         start_from(args.source, comparison.run)
     comparison.go("compare")
-    models = [model for model in models if model.name not in comparison.failed]
-    counts = {model.bits: comparison.num_images(model.bits) for model in models}
-    by_count = {count: Scores(count) for count in sorted({*counts.values()})}
-    scores = {bits: by_count[count] for bits, count in counts.items()}
-    bar = tqdm(models, desc="scores", unit="model")
-    found = {model: measure(comparison, scores[model.bits], model) for model in bar}
+    entries = [entry for entry in entries if entry[1].name not in comparison.failed]
+    scores, found = {count: Scores(count) for count in {n for *_, n in entries}}, {}
+    for layers, model, count in tqdm(entries, desc="scores", unit="model"):
+        found.setdefault(layers, {})[model] = measure(comparison, scores[count], model)
     if found:
         text, values = render(comparison, scores, found)
-        full = [full_precision(comparison, of_count) for of_count in by_count.values()]
-        values = dict(rows=full + list(found.values())) | values
-        write_results(args.out / "results.json", args.name, values)
+        rows = [full_precision(comparison, scores[count]) for count in sorted(scores)]
+        rows += [of_it for table in found.values() for of_it in table.values()]
+        write_results(args.out / "results.json", args.name, dict(rows=rows) | values)
         write_section(args.out / "methods.md", args.name, text, INTRODUCTION)
-        if any(model.layers == "released" for model in found):
-            save(args.out / picture_name(comparison), draw(comparison, found))
-        print(f"wrote {args.out}/methods.md and results.json: {len(found)} models")
+        if "released" in found:
+            save(args.out / picture_name(comparison), draw(comparison, found["released"]))
+        print(f"wrote {args.out}/methods.md and results.json: {len(entries)} models")
     if comparison.failed:
         raise InputError(f"failed: {', '.join(comparison.failed)}; RUN/jobs/*.log say why")
 

@@ -60,20 +60,20 @@ def columns(found):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tables. `scores` are by width, `found` by Model
+# Tables. `scores` are by number of images, `found` by Model, for each table
 
 
-def widths_of(found, layers):
-    """Widths, widest first, that models of these layers have."""
-    return [b for b in WIDTHS.values() if any(m.layers == layers and m.bits == b for m in found)]
+def widths_of(found):
+    """Widths, widest first, that models of a table have."""
+    return [bits for bits in WIDTHS.values() if any(model.bits == bits for model in found)]
 
 
 def released_section(comparison, scores, found):
     """A table for each width."""
     yield "### The same layers\n"
-    for bits in widths_of(found, "released"):
-        fd = scores[bits].of(comparison.run / "samples_fp.npz")["fd"]
+    for bits in widths_of(found):
         count = comparison.num_images(bits)
+        fd = scores[count].of(comparison.run / "samples_fp.npz")["fd"]
         yield f"{width(bits)}, N = {count}; full precision has FD(demo) {fd:.3f} there:\n"
         models = [Model(method, bits) for method in METHODS]
         yield table(
@@ -98,16 +98,18 @@ def paired(comparison, scores, model, other):
 
 def pairs(comparison, scores, found, base):
     """`paired` of every model of the same layers against the one of method `base`; by model."""
-    models = [m for m in found if m.layers == "released" and m.method != base]
-    others = {m: m._replace(method=base) for m in models}
-    return {m: paired(comparison, scores[m.bits], m, o) for m, o in others.items() if o in found}
+    others = {m: m._replace(method=base) for m in found if m.method != base}
+    return {
+        m: paired(comparison, scores[comparison.num_images(m.bits)], m, other)
+        for m, other in others.items() if other in found
+    }  # fmt: skip
 
 
 def pairs_section(values, base):
     """Methods down, widths across."""
     yield f"### Against {METHODS[base].label}, image by image\n"
     yield "Gain of PSNR, and ratio of Frechet distances: below 1 is better.\n"
-    widths, lines = widths_of(values, "released"), []
+    widths, lines = widths_of(values), []
     for method in (m for m in METHODS if any(model.method == m for model in values)):
         lines.append([METHODS[method].label])
         for pair in (values.get(Model(method, bits)) for bits in widths):
@@ -118,16 +120,16 @@ def pairs_section(values, base):
     yield table(["method", *heads], lines)
 
 
-def own_section(comparison, scores, found):
+def own_section(comparison, scores, found, released):
     """A table for each width of MAIN, with the change from the same method on the same layers."""
     yield "### Each method's own choice of layers\n"
-    for bits in (b for b in MAIN if b in widths_of(found, "own")):
-        yield f"{width(bits)}, N = {comparison.num_images(bits)}:\n"
-        lines = []
+    for bits in (b for b in MAIN if b in widths_of(found)):
+        count, lines = comparison.num_images(bits, "own"), []
+        yield f"{width(bits)}, N = {count}:\n"
         for model in (own_model(name, bits) for name in METHODS if not METHODS[name].variant):
             other, change = model._replace(layers="released"), ""
-            if model != other and model in found and other in found:
-                pair = paired(comparison, scores[bits], model, other)
+            if model != other and model in found and other in released:
+                pair = paired(comparison, scores[count], model, other)
                 change = ranged(pair["psnr_gain"], pair["psnr_gain_interval"])
             if model in found:
                 lines.append([model.label, *columns(found[model]), change])
@@ -138,10 +140,10 @@ def own_section(comparison, scores, found):
 # What the columns are
 
 
-def iterations_text(comparison, found):
+def iterations_text(comparison, models):
     """How many iterations the methods that learn had, and of how many in their papers."""
     used = {}
-    for method in dict.fromkeys(model.method for model in found):
+    for method in dict.fromkeys(model.method for model in models):
         flags = comparison.iterations(method)
         if flags:
             paper = METHODS[method].iterations
@@ -155,6 +157,7 @@ def iterations_text(comparison, found):
 
 def explanation(comparison, found):
     """What was run on what, and what time and memory hold."""
+    found = {model: of_it for table in found.values() for model, of_it in table.items()}
     args, of_forward = comparison.args, record(comparison.run, "forward")
     users = [name for name in METHODS if not METHODS[name].variant]
     users = [
@@ -178,14 +181,15 @@ def explanation(comparison, found):
 def render(comparison, scores, found):
     """The section, and what results.json holds beside the rows."""
     text = [f'## Comparison "{comparison.args.name}"\n', explanation(comparison, found)]
-    bases = {base: pairs(comparison, scores, found, base) for base in ("tqdit", "plus")}
-    if widths_of(found, "released"):
+    released, own = found.get("released", {}), found.get("own", {})
+    bases = {base: pairs(comparison, scores, released, base) for base in ("tqdit", "plus")}
+    if released:
         text += [f"![FD(demo) over full precision's, by width]({picture_name(comparison)})\n"]
-        text += released_section(comparison, scores, found)
+        text += released_section(comparison, scores, released)
     for base, values in bases.items():
         text += pairs_section(values, base) if values else []
-    if widths_of(found, "own"):
-        text += own_section(comparison, scores, found)
+    if own:
+        text += own_section(comparison, scores, own, released)
     return "\n".join(text), {f"against_{k}": [*v.values()] for k, v in bases.items()}
 
 
@@ -237,7 +241,7 @@ def name_lines(ax, ends, right):
 
 def draw(comparison, found):
     """FD ratio by width, a line a method, with intervals; each line's name stands at its end."""
-    widths, ends = widths_of(found, "released"), {}
+    widths, ends = widths_of(found), {}
     info = f"the same layers, T = {comparison.args.steps}; bars: 95 % intervals over the images; "
     info += "axis: linear near 1, logarithmic far from it"
     fig = canvas(5.2, "FD(demo) over full precision's, by bits of weights and activations", info)

@@ -18,7 +18,7 @@ from common.cli import InputError
 from common.quant_file import load_quant
 
 WIDTHS = {"8/8": (8, 8), "6/6": (6, 6), "4/8": (4, 8), "4/4": (4, 4)}
-MAIN = ((6, 6), (4, 8))  # more images, and the table of each method's own layers
+MAIN = ((6, 6), (4, 8))  # more images of the same layers, and a table of each method's own
 LAYERS = "released", "own"
 
 
@@ -96,15 +96,17 @@ class Comparison(Jobs):
         self.calibrate(self.run, args.steps)
         self.add(1, self.run, "forward", ["benchmarks/forward_pass.py"], 4 * 320)
 
-    def num_images(self, bits):
-        return self.args.num_images_main if bits in MAIN else self.args.num_images
+    def num_images(self, bits, layers="released"):
+        """N of a table's models of a width."""
+        main = bits in MAIN and layers == "released"
+        return self.args.num_images_main if main else self.args.num_images
 
     def iterations(self, method):
         """Flags and numbers of iterations: the paper's, scaled by --iterations."""
         scale = self.args.iterations
         return {k: max(1, round(scale * n)) for k, n in METHODS[method].iterations.items()}
 
-    def model(self, model):
+    def model(self, model, num_images):
         """Quantize and sample a model."""
         method, (weights, activations) = METHODS[model.method], model.bits
         name = ["--wbits", weights, "--abits", activations, "--tag", model.tag]
@@ -117,7 +119,7 @@ class Comparison(Jobs):
             flags += ["--scale-lr", 4e-5]  # 4e-4 takes thousands of iterations to settle
         cost = 150 * (self.args.rows or 320) + 100 * sum(iterations.values())
         self.add(2, self.run, f"03 {model.name}", [method.script, *name, *flags], cost)
-        self.sample(model.name, name, self.num_images(model.bits))
+        self.sample(model.name, name, num_images)
 
     def sample(self, name, flags, count):
         command = ["benchmarks/more_images.py", *flags, "--num-images", count]

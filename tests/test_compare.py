@@ -27,7 +27,7 @@ import layer_error  # noqa: E402
 import more_images  # noqa: E402
 import processes  # noqa: E402
 import scores  # noqa: E402
-from contenders import MAIN, METHODS, WIDTHS, Model  # noqa: E402
+from contenders import LAYERS, MAIN, METHODS, WIDTHS, Model  # noqa: E402
 
 QUICK = ["--quick", "--only", "tqdit", "plus", "6/6", "8/8"]
 
@@ -45,7 +45,8 @@ def options(monkeypatch, *flags):
 def test_every_command_of_the_plan_is_one_its_script_accepts(monkeypatch, method):
     """All jobs of a method, parsed and checked by the scripts themselves; a tag names the file that
     the flags make."""
-    comparison, models = compare.plan(options(monkeypatch, "--rows", 40, "--only", method))
+    comparison, entries = compare.plan(options(monkeypatch, "--rows", 40, "--only", method))
+    models = {model for _, model, _ in entries}
     for job in (job for stage in comparison.stages for job in stage):
         args = parsed(monkeypatch, job.command)
         if job.name.startswith("03"):
@@ -69,23 +70,30 @@ def test_iterations_are_scaled_from_the_paper_s(monkeypatch, method):
 
 def test_own_layers_are_compared_at_two_widths_and_more_images(monkeypatch):
     """Every model once; TQ-DiT's own layers are the released ones."""
-    comparison, models = compare.plan(options(monkeypatch, "--num-images-main", 300))
-    assert len(models) == len(set(models)) == 4 * len(METHODS) + 2 * (len(METHODS) - 3)
-    own = {model for model in models if model.layers == "own"}
+    comparison, entries = compare.plan(options(monkeypatch, "--num-images-main", 300))
+    released, own = ({m for table, m, _ in entries if table == layers} for layers in LAYERS)
+    assert len(entries) == len(released) + len(own) == 4 * len(METHODS) + 2 * (len(METHODS) - 2)
     assert {model.bits for model in own} == {*MAIN}
-    assert not {"tqdit", "plus_even", "qdit_16"} & {model.method for model in own}
-    counts = {(job.command[1:], job.command[-3])[1] for job in comparison.stages[3]}
-    assert counts == {"200", "300"}
-    assert "04 fp 300" in [job.name for job in comparison.stages[3]]
+    assert not {"plus_even", "qdit_16"} & {model.method for model in own}
+    assert Model("tqdit", MAIN[0]) in released & own
+    names = [job.name for job in comparison.stages[3]]
+    assert {"04 fp 300", "04 w6a6_tqdit 300", "04 w6a6_htg 300", "04 w6a6_htg_own 200"} < {*names}
+    assert len(names) == len({name.rpartition(" ")[0] for name in names})  # a model once
+    assert {name.rpartition(" ")[2] for name in names} == {"200", "300"}
 
 
 def test_only_picks_methods_widths_and_tables(monkeypatch):
     """What is not named is not narrowed: two methods at two widths, in both tables."""
-    _, models = compare.plan(options(monkeypatch, *QUICK))
-    names = ["w8a8_tqdit", "w8a8_plus", "w6a6_tqdit", "w6a6_plus", "w6a6_plus_own"]
-    assert [model.name for model in models] == names
-    _, models = compare.plan(options(monkeypatch, "--only", "own", "plus"))
-    assert [model.name for model in models] == ["w6a6_plus_own", "w4a8_plus_own"]
+
+    def names(*flags):
+        _, entries = compare.plan(options(monkeypatch, *flags))
+        return [(layers, model.name) for layers, model, _ in entries]
+
+    released = ["w8a8_tqdit", "w8a8_plus", "w6a6_tqdit", "w6a6_plus"]
+    own = [("own", "w6a6_tqdit"), ("own", "w6a6_plus_own")]
+    assert names(*QUICK) == [("released", name) for name in released] + own
+    only = names("--only", "own", "plus")
+    assert only == [("own", "w6a6_plus_own"), ("own", "w4a8_plus_own")]
 
 
 @pytest.mark.parametrize("flags", [["--num-images", 0], ["--iterations", 0], ["--iterations", "2"]])
@@ -284,11 +292,12 @@ def test_scores_are_of_the_first_images(tmp_path):
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """A comparison of made-up models: scores by width and `found`, for the page. The PSNR of `plus`
+    """A comparison of made-up models: scores by N and `found`, for the page. The PSNR of `plus`
     is 3 dB better in every image, its Frechet distance half as much in every draw."""
     flags = ["--num-images", 40, "--num-images-main", 40, "--runs", tmp_path]
     comparison = contenders.Comparison(options(monkeypatch, *flags))
-    noise, one, found = np.random.default_rng(0).normal(size=40), scores.Scores(40), {}
+    noise, one = np.random.default_rng(0).normal(size=40), scores.Scores(40)
+    released, own = {}, {}
     files = {"fp": (None, 1.0)} | {
         model.name: (30 + 3 * (model.method == "plus") + noise, 2 - (model.method == "plus"))
         for model in (Model(m, b, x) for m in METHODS for b in WIDTHS.values() for x in LAYERS)
@@ -303,16 +312,13 @@ def made(tmp_path, monkeypatch):
     numbers |= dict(snr=35, mib=2, passes=12.3, peak_mib=400, unit_seconds=2.0, resumed=False)
     for method in METHODS:
         for model in (Model(method, bits) for bits in WIDTHS.values()):
-            found[model] = numbers | dict(gradients=method == "tqdit", resumed=method == "ptqd")
+            released[model] = numbers | dict(gradients=method == "tqdit", resumed=method == "ptqd")
     for bits in MAIN:
-        found[Model("qdit", bits, "own")] = numbers | dict(gradients=False)
+        own[Model("qdit", bits, "own")] = numbers | dict(gradients=False)
     path = comparison.run / "jobs" / "forward.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(dict(cpu_seconds=11.0, peak_mib=300.0)))
-    return comparison, dict.fromkeys(WIDTHS.values(), one), found
-
-
-LAYERS = contenders.LAYERS
+    return comparison, {40: one}, dict(released=released, own=own)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -353,7 +359,6 @@ def test_page_says_what_time_holds(made):
 def test_methods_are_compared_image_by_image(made):
     """3 dB and half the Frechet distance, with intervals of no width: the same images. What is
     better has the plus sign, and a ratio below 1."""
-    comparison, by_width, found = made
     text, values = compare_page.render(*made)
     line = next(
         x for x in tables_of(text)["Against TQ-DiT, image by image"] if x[0] == "TQ-DiT plus"
@@ -367,10 +372,14 @@ def test_methods_are_compared_image_by_image(made):
 
 def test_page_of_some_models_has_no_empty_table(made):
     """One method at one width: nothing to compare with, no other layers."""
-    comparison, by_width, found = made
-    some = {Model("htg", (8, 8)): found[Model("htg", (8, 8))]}
-    text, values = compare_page.render(comparison, by_width, some)
+    comparison, by_count, found = made
+    model = Model("htg", (8, 8))
+    some = dict(released={model: found["released"][model]})
+    text, values = compare_page.render(comparison, by_count, some)
     assert list(tables_of(text)) == ["The same layers"] and not any(values.values())
+    text, values = compare_page.render(comparison, by_count, dict(own=found["own"]))
+    assert list(tables_of(text)) == ["Each method's own choice of layers"]
+    assert "Q-DiT" in text and not any(values.values())
 
 
 def test_hand_written_page_has_a_place_for_the_tables_and_a_word_on_every_method():
@@ -404,6 +413,7 @@ def test_names_are_moved_apart_in_their_order():
 def test_picture_has_a_line_and_a_name_for_every_method(made, tmp_path):
     """Colors of all methods in the file; a method at one width, or at none, does no harm."""
     comparison, _, found = made
+    found = found["released"]
     for i, model in enumerate(found):
         found[model] = found[model] | dict(fd_ratio=1.15 + 0.01 * i)
     found = {m: x for m, x in found.items() if m.method != "htg" or m.bits == (6, 6)}
