@@ -36,7 +36,9 @@ def parse_args():
     )
     p.add_argument("--quick", action="store_true", help="20 images, 40 rows, 1/200 iterations")
     p.add_argument("--num-images", type=whole_number, help="N")
-    p.add_argument("--num-images-main", type=whole_number, help="N of the same layers at W6A6 and W4A8")
+    p.add_argument(
+        "--num-images-main", type=whole_number, help="N of the same layers at W6A6 and W4A8"
+    )
     p.add_argument("--steps", type=whole_number, default=100, help="T")
     p.add_argument("--rows", type=whole_number, help="calibration rows of a search; default: all")
     scale = "of the papers' numbers of iterations (PTQD: trajectories too), for larger networks"
