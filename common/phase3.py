@@ -74,9 +74,11 @@ class Phase3:
             self.model = explicit_products(load_calibrated(self.calib))
         return done
 
-    def units(self):
-        """Yields this process's share of the units, each on the device meanwhile."""
-        mine = self.group.share(self.parts, list(units(self.model)))
+    def units(self, names=None):
+        """Yields this process's share of all units, or of these, each on the device meanwhile, once
+        every process is done with those of an earlier call."""
+        self.group.wait()
+        mine = self.group.share(self.parts, names or list(units(self.model)))
         for name in mine if self.gradients else ():
             load_grads(self.run, name, self.calib)  # a bad file is told before any work
         where = self.machine.batch_size, self.machine.device, self.gradients
@@ -112,12 +114,14 @@ class Phase3:
             self.reached = next(self.left)
         return self.stream
 
-    def data(self, layer):
-        """The LayerData of a layer of the present unit; tells where D2's fallback fires."""
+    def data(self, layer, inputs=None):
+        """The LayerData of a layer of the present unit, on other `inputs` of the unit if they are
+        given; tells where D2's fallback fires."""
         machine = self.machine
         where = machine.batch_size, machine.memory_limit, machine.device
-        data = layer_data(self.function, layer.module, self.unit, *where)
-        if data.note:
+        unit = self.unit if inputs is None else self.unit._replace(inputs=inputs)
+        data = layer_data(self.function, layer.module, unit, *where)
+        if data.note and inputs is None:
             tqdm.write(f"{layer.name}: {data.note}")
         return data
 

@@ -10,6 +10,7 @@ Algorithm 1 and its objective, Eq. (16), as in 03, and, each with a switch of it
     --smoothquant        input channels evened out (arXiv 2211.10438): the strength of least error
     --rounding           gptq: weights rounded column by column, errors made up for (2210.17323)
     --rank               a branch in full precision makes up for rounding errors (2410.06040)
+    --fit-last           the last layer fitted to what the quantized network before it gives
     --edge-bits          the first layer's weight, the last layer's weight and inputs have more bits
     --cond-bits          the weights of adaLN's and the embedders' linear layers are quantized too
     --tgq-inputs         with --input-group none: TGQ for linear inputs, not only after softmax
@@ -36,15 +37,18 @@ from common.cli import (  # noqa: E402
     run_script, whole_number,
 )  # fmt: skip
 from common.fast_search import make_search  # noqa: E402
+from common.offload import units  # noqa: E402
 from common.phase3 import Machine, Phase3  # noqa: E402
 from common.quantizers import DynamicQuantizer  # noqa: E402
 from common.report import linear_cost, matmul_cost  # noqa: E402
+from common.unit_data import rows_to_search  # noqa: E402
 from methods.balancing import Way, transformed  # noqa: E402
+from methods.last_layer import fitted  # noqa: E402
 from methods.rounding import divisor, gram, group_grid, low_rank_part, rounded_to  # noqa: E402
-from models_dit import MatMul  # noqa: E402
+from methods.static_scales import joined, search_static  # noqa: E402
+from models_dit import Diffusion, MatMul  # noqa: E402
 from quant_ops import (  # noqa: E402
-    FullPrecision, InputLoss, LossOfA, LossOfB, WeightLoss, gelu_candidates, join_groups,
-    softmax_candidates, uniform_candidates,
+    FullPrecision, LossOfA, LossOfB, WeightLoss, softmax_candidates, uniform_candidates,
 )  # fmt: skip
 
 STRENGTHS = (None, 0.5, 1.0)  # of SmoothQuant, tried for each layer; None: as it is
@@ -67,6 +71,7 @@ class Settings(NamedTuple):
     weight_group: int | None
     hadamard: bool
     rank: int | None
+    fit_last: bool
     rows: int | None
     tag: str
 
@@ -96,6 +101,7 @@ def parse_args():
     p.ours.add_argument("--weight-group", **group, help="input channels; none: all have one scale")
     p.ours.add_argument("--hadamard", action=flag, default=True, help="rotate input channels")
     p.ours.add_argument("--rank", type=number_or_none, help="of the branch")
+    p.ours.add_argument("--fit-last", action=flag, default=True, help="to quantized inputs")
     p.ours.add_argument("--rows", type=whole_number, help="search on this many rows, spread over t")
     p.ours.add_argument("--tag", default="plus", help="names the file quant_wXaY_TAG.pt")
     p.add_search_flags()
@@ -120,21 +126,6 @@ def bits_of(layer, cfg):
     return Bits(edge or cfg.wbits, edge or cfg.abits)
 
 
-def input_candidates(rows, post_gelu, bits):
-    """Line 16: Q_X at min-max, and functions of Q_X that give the candidates to try in turn."""
-    if post_gelu:
-        return gelu_candidates(*rows.range("x"), bits)
-    Q_X, candidates = uniform_candidates(*rows.range("x"), bits)
-    return Q_X, [lambda Q_X: candidates]
-
-
-def search_input(Q_X, fit, grids, loss, search):
-    """Lines 20 and 22: each of the input's scales in turn."""
-    for around in grids:
-        Q_X = search(around(Q_X), fit, loss)
-    return Q_X
-
-
 def search_linear(weight, fit, layer, cfg, search):
     """Alg. 1 lines 16-22 with TGQ for the inputs: Q_W and Q_X of a weight (O, I)."""
     bits, by_group = bits_of(layer, cfg), cfg.tgq_inputs and not layer.spec.conditioning
@@ -146,20 +137,8 @@ def search_linear(weight, fit, layer, cfg, search):
         if cfg.weight_group is None:
             Q_W = search(weights, fit, WeightLoss(weight, Q_X))
         return Q_W, Q_X
-    parts = [fit.of_group(i) for i in range(fit.num_groups)] if by_group else [fit]
-    post_gelu = layer.spec.post_gelu
-    starts, grids = zip(*(input_candidates(p, post_gelu, bits.inputs) for p in parts), strict=True)
-    Q_X = list(starts)  # one for each time group, or the only one
-    for _ in range(cfg.rounds):
-        Q_W = search(weights, fit, WeightLoss(weight, joined(Q_X)))
-        loss = InputLoss(weight, Q_W)
-        Q_X = [search_input(*one, loss, search) for one in zip(Q_X, parts, grids, strict=True)]
-    return Q_W, joined(Q_X)
-
-
-def joined(quantizers):
-    """One quantizer of those of all groups; the only one as it is."""
-    return join_groups(quantizers) if len(quantizers) > 1 else quantizers[0]
+    how = bits.inputs, layer.spec.post_gelu, by_group, cfg.rounds, search
+    return search_static(weight, weights, fit, *how)
 
 
 def rounded_weight(weight, fit, Q_W, Q_X, layer, cfg):
@@ -224,6 +203,27 @@ def quantize_matmul(layer, data, cfg, search):
     return matmul_found(data, Q_A, Q_B)
 
 
+def quantize_unit(phase3, unit, cfg, search):
+    """All layers of a unit: name -> dict(state, cost)."""
+    done = {}
+    for layer in phase3.layers(unit, conditioning=cfg.cond_bits is not None):
+        data, matmul = phase3.data(layer), isinstance(layer.module, MatMul)
+        if cfg.fit_last and unit == "final" and not layer.spec.conditioning:
+            layer, data = fit_last(phase3, layer, data)
+        quantize_layer = quantize_matmul if matmul else quantize_linear
+        done[layer.name] = quantize_layer(layer, data, cfg, search)
+    return done
+
+
+def fit_last(phase3, layer, data):
+    """The last layer, fitted, and its data on quantized inputs."""
+    rows, diffusion = phase3.calib["calibration"], Diffusion(phase3.calib["settings"]["steps"])
+    t = rows["t"][rows_to_search(phase3.calib, phase3.rows)]
+    given = phase3.data(layer, phase3.quantized_inputs())
+    module, data = fitted(layer.module, data, given, diffusion.sensitivity()[t])
+    return layer._replace(module=module), data
+
+
 def main(args):
     check(args)
     cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
@@ -232,13 +232,10 @@ def main(args):
     phase3 = Phase3(args.run, model_name(args), "tqdit_plus", cfg._asdict(), machine)
     if phase3.is_done():
         return
-    for unit in phase3.units():
-        done = {}
-        for layer in phase3.layers(unit, conditioning=cfg.cond_bits is not None):
-            matmul = isinstance(layer.module, MatMul)
-            quantize_layer = quantize_matmul if matmul else quantize_linear
-            done[layer.name] = quantize_layer(layer, phase3.data(layer), cfg, search_of_a_layer)
-        phase3.save(unit, done)
+    *before, last = units(phase3.model)
+    for names in (before, [last]):  # the last needs all before it, if it is fitted to them
+        for unit in phase3.units(names):
+            phase3.save(unit, quantize_unit(phase3, unit, cfg, search_of_a_layer))
     phase3.finish()
 
 
