@@ -12,16 +12,19 @@ RUNGS = {  # Table III, in its order; "full" is the paper's method, without a ta
     "full": [],
     "tensor": ["--weight-granularity", "tensor"],  # the authors' granularity, D5
 }
+UNFITTED = ["--no-fit-last"]
 STATIC = "--input-group none --no-dynamic-products --weight-group none --no-hadamard".split()
+STATIC += UNFITTED
 LADDER = {  # what methods/tqdit_plus.py is made of: each rung adds one thing
     "edge": "--cond-bits none --no-tgq-inputs --no-smoothquant --rounding nearest".split() + STATIC,
     "inputs": "--cond-bits none --no-smoothquant --rounding nearest".split() + STATIC,
     "smoothquant": "--cond-bits none --rounding nearest".split() + STATIC,
     "gptq": "--cond-bits none".split() + STATIC,
     "static": STATIC,
-    "dynamic": "--no-dynamic-products --weight-group none --no-hadamard".split(),
-    "products": "--weight-group none --no-hadamard".split(),
-    "hadamard": "--weight-group none".split(),
+    "dynamic": "--no-dynamic-products --weight-group none --no-hadamard".split() + UNFITTED,
+    "products": "--weight-group none --no-hadamard".split() + UNFITTED,
+    "hadamard": "--weight-group none".split() + UNFITTED,
+    "groups": UNFITTED,
     "plus": [],
 }
 VARIANTS = {tag: (TQDIT, flags) for tag, flags in RUNGS.items()}

@@ -131,7 +131,10 @@ def lively_dit(**changes):
 
 
 # methods/tqdit_plus.py with nothing taken at run time, as the paper has it
-STATIC = "--input-group none --no-dynamic-products --weight-group none --no-hadamard".split()
+STATIC = [
+    *"--input-group none --no-dynamic-products --weight-group none --no-hadamard".split(),
+    "--no-fit-last",
+]
 
 
 def wave(*shape):

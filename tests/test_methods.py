@@ -5,7 +5,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import STATIC, layer_of, linear_data, load_script, run_in_process, same_leaves
+from conftest import (
+    STATIC,
+    layer_of,
+    linear_data,
+    load_script,
+    run_in_process,
+    run_script,
+    same_leaves,
+)  # fmt: skip
 
 import quant_ops as q
 from common.artifacts import load_artifact
@@ -21,7 +29,8 @@ PLUS = load_script("methods/tqdit_plus")
 PLAIN = dict(
     wbits=4, abits=5, metric="hessian", rounds=1, edge_bits=None, cond_bits=None, tgq_inputs=False,
     smoothquant=False, rounding="nearest", input_group=None, dynamic_products=False,
-    weight_group=None, hadamard=False, rank=None, rows=None, tag="plus",
+    weight_group=None, hadamard=False, rank=None, fit_last=False, rows=None,
+    tag="plus",
 )  # fmt: skip
 
 
@@ -285,6 +294,11 @@ def quant_file(tiny_run, folder, flags):
     log = run_in_process("methods/tqdit_plus", *command, *flags)
     assert log.returncode == 0, log.stderr
     assert "--tag plus" in log.stdout.splitlines()[-1]
+    return quant_layers(folder)
+
+
+def quant_layers(folder):
+    """What quant_file wrote there."""
     file = load_artifact(folder / "quant_w4a5_plus.pt", "quant", "tqdit_plus.py")
     assert file["method"] == "tqdit_plus"
     return file["layers"]
@@ -322,6 +336,31 @@ def test_by_default_scales_are_taken_at_run_time(tiny_run, tmp_path):
     found = {name for name, state in with_rank.items() if "low_rank" in state}
     kinds = "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"
     assert found == {f"blocks.{i}.{kind}" for i in range(2) for kind in kinds}
+
+
+def test_the_last_layer_alone_is_fitted(tiny_run, tmp_path):
+    """--no-fit-last leaves its bias as it was, and every other layer as it is with it."""
+    fit, plain = (
+        quant_file(tiny_run, tmp_path / name, flags)
+        for name, flags in (("fit", []), ("plain", ["--no-fit-last"]))
+    )
+    last = [layers.pop("final_layer.linear") for layers in (fit, plain)]
+    assert same_leaves(fit, plain)
+    calib = torch.load(tiny_run / "calib.pt", weights_only=True)
+    bias = torch.load(calib["settings"]["ckpt"], weights_only=True)["final_layer.linear.bias"]
+    assert torch.equal(last[1]["bias"], bias) and not torch.equal(last[0]["bias"], bias)
+
+
+@pytest.mark.slow
+def test_two_processes_fit_the_last_layer_as_one_does(tiny_run, tmp_path):
+    """The last unit waits until the other process has done its own."""
+    one = quant_file(tiny_run, tmp_path / "run", [])
+    (tmp_path / "run" / "quant_w4a5_plus.pt").unlink()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    flags = f"--run {tmp_path / 'run'} --wbits 4 --abits 5 --rows 6".split()
+    log = run_script("methods/tqdit_plus", *flags, launcher=launcher)
+    assert log.returncode == 0 and log.stdout.count("Next:") == 1, log.stderr
+    assert same_leaves(quant_layers(tmp_path / "run"), one)
 
 
 def test_all_switches_off_is_the_paper_s_method(tiny_run, tmp_path):
