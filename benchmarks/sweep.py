@@ -56,6 +56,8 @@ PAIRS = (
     Pair("R = 3 against R = 1", (6, 6), "full", "r1"),
     Pair("R = 3 against R = 1", (6, 6), "static_r3", "static"),
     Pair("A scale per output channel against one per tensor (D5)", (6, 6), "full", "tensor"),
+    Pair("The last layer fitted to quantized inputs", (6, 6), "plus", "groups"),
+    Pair("The last layer fitted to quantized inputs", (4, 8), "plus", "groups"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (8, 8), "plus", "full"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (6, 6), "plus", "full"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (4, 8), "plus", "full"),
