@@ -1,5 +1,7 @@
 """The section and the picture of methods.md that compare.py writes."""
 
+import textwrap
+
 import numpy as np
 import torch
 
@@ -152,7 +154,8 @@ def iterations_text(comparison, models):
     if not used:
         return ""
     scale = f"`--iterations {comparison.args.iterations:g}`"
-    return f"Shortened ({scale} of the papers' numbers): {'; '.join(used.values())}.\n"
+    text = f"Shortened ({scale} of the papers' numbers): {'; '.join(used.values())}."
+    return textwrap.fill(text, 100, break_on_hyphens=False) + "\n"
 
 
 def explanation(comparison, found):
