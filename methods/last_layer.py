@@ -20,7 +20,7 @@ def fitted(layer: nn.Linear, data, given, importance, damp: float = 0.01):
     """
     W, b = layer.weight.detach().double(), layer.bias.detach().double()
     x_mean, q_mean, lost, covariance = moments(data, given, importance)
-    covariance.diagonal().add_(damp * covariance.diagonal().mean())
+    covariance.diagonal().add_(damp * covariance.diagonal().mean().clamp(min=1e-30))
     W_fit = W + torch.linalg.solve(covariance, (W @ lost).T).T
     b_fit = b + W @ x_mean - W_fit @ q_mean
     found = nn.utils.skip_init(nn.Linear, *reversed(W.shape), device=W.device)

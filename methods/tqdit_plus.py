@@ -101,7 +101,7 @@ def parse_args():
     p.ours.add_argument("--weight-group", **group, help="input channels; none: all have one scale")
     p.ours.add_argument("--hadamard", action=flag, default=True, help="rotate input channels")
     p.ours.add_argument("--rank", type=number_or_none, help="of the branch")
-    p.ours.add_argument("--fit-last", action=flag, default=True, help="to quantized inputs")
+    p.ours.add_argument("--fit-last", action=flag, default=True, help="fit the last layer")
     p.ours.add_argument("--rows", type=whole_number, help="search on this many rows, spread over t")
     p.ours.add_argument("--tag", default="plus", help="names the file quant_wXaY_TAG.pt")
     p.add_search_flags()

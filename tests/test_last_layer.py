@@ -58,6 +58,14 @@ def test_inputs_that_are_as_they_were_leave_the_layer_as_it_was(layer):
     assert torch.equal(found.weight, layer.weight) and torch.allclose(found.bias, layer.bias)
 
 
+def test_inputs_that_are_all_zero_leave_the_weight_as_it_was(layer):
+    """Nothing to fit but the bias: the mean output."""
+    x = torch.randn(40, 5)
+    found, _ = fitted(layer, on(layer, x), on(layer, torch.zeros(40, 5)), torch.ones(10))
+    torch.testing.assert_close(found.weight, layer.weight)
+    torch.testing.assert_close(found.bias, layer(x).mean(dim=0).detach())
+
+
 def test_it_makes_up_for_a_loss_on_rows_it_has_not_seen(layer):
     """A tenth of the error is left of inputs mixed in one way; the layer itself is not touched."""
     before = layer.weight.clone()
