@@ -5,9 +5,9 @@ it found into results.json, a section of methods.md and a picture, in --out; oth
 Progress is kept in --runs: a stopped sweep goes on where it was, a larger N adds images to those
 that are there. On a CPU each core works on a job of its own.
 
-    make compare             # N = 200; 800 of the same layers at W6A6 and W4A8. Half a day, 2 cores
+    make compare             # N = 200; 800 of the same layers at W6A6 and W4A8: half a day or more
     make compare QUICK=1     # 20 images, 40 rows, few iterations: it shows that all scripts work
-    python benchmarks/compare.py --compile             # three quarters of that time
+    python benchmarks/compare.py --compile             # the same, sampling faster
     python benchmarks/compare.py --only qdit ptqd 4/8 --from runs/tables/full/T100_seed0
 
 To do a method again, delete what is left of it, RUN/*NAME* and RUN/jobs/*NAME*.

@@ -10,7 +10,10 @@ from dataclasses import replace
 import torch
 import torch.nn as nn
 
+from methods.balancing import tokens_of
 
+
+@torch.no_grad()
 def fitted(layer: nn.Linear, data, given, importance, damp: float = 0.01):
     """The fitted layer, and its LayerData.
 
@@ -18,25 +21,21 @@ def fitted(layer: nn.Linear, data, given, importance, damp: float = 0.01):
     the quantized network; `importance` (N,) is s of every row of calib.pt. `damp`, as in GPTQ, is
     added to the diagonal of the inputs' covariance, as a share of its mean.
     """
-    W, b = layer.weight.detach().double(), layer.bias.detach().double()
+    W, b = layer.weight.double(), layer.bias.double()
     x_mean, q_mean, lost, covariance = moments(data, given, importance)
     covariance.diagonal().add_(damp * covariance.diagonal().mean().clamp(min=1e-30))
     W_fit = W + torch.linalg.solve(covariance, (W @ lost).T).T
     b_fit = b + W @ x_mean - W_fit @ q_mean
     found = nn.utils.skip_init(nn.Linear, *reversed(W.shape), device=W.device)
-    with torch.no_grad():
-        found.weight.copy_(W_fit)
-        found.bias.copy_(b_fit)
-    chunks = [
-        chunk._replace(out=found(chunk.x.to(W.device)).detach().cpu()) for chunk in given.chunks
-    ]
-    return found.requires_grad_(False), replace(given, chunks=chunks, bias=found.bias.detach())
+    found.weight.copy_(W_fit)
+    found.bias.copy_(b_fit)
+    chunks = [chunk._replace(out=found(chunk.x.to(W.device)).cpu()) for chunk in given.chunks]
+    return found, replace(given, chunks=chunks, bias=found.bias.detach())
 
 
 def moments(data, given, importance):
     """Of inputs x and x^, weighted: their means, Cov(x - x^, x^) and Cov(x^, x^), in float64."""
-    tokens = sum(len(chunk.x) for chunk in data.chunks) // len(importance)
-    weights = importance.double().repeat_interleave(tokens)
+    weights = importance.double().repeat_interleave(tokens_of(data, len(importance)))
     weights = (weights / weights.sum()).split([len(chunk.x) for chunk in data.chunks])
     x_mean = q_mean = lost = covariance = 0
     for s, chunk, quantized in zip(weights, data, given, strict=True):

@@ -217,10 +217,10 @@ def quantize_unit(phase3, unit, cfg, search):
 
 def fit_last(phase3, layer, data):
     """The last layer, fitted, and its data on quantized inputs."""
-    rows, diffusion = phase3.calib["calibration"], Diffusion(phase3.calib["settings"]["steps"])
-    t = rows["t"][rows_to_search(phase3.calib, phase3.rows)]
+    t = phase3.calib["calibration"]["t"][rows_to_search(phase3.calib, phase3.rows)]
+    sensitivity = Diffusion(phase3.calib["settings"]["steps"]).sensitivity()
     given = phase3.data(layer, phase3.quantized_inputs())
-    module, data = fitted(layer.module, data, given, diffusion.sensitivity()[t])
+    module, data = fitted(layer.module, data, given, sensitivity[t])
     return layer._replace(module=module), data
 
 

@@ -11,7 +11,7 @@ from conftest import (
     refused,
     run_in_process,
     snapshot,
-)  # fmt: skip
+)
 
 from common.quant_file import load_quant, make_layer, unpack_weight
 from quant_ops import UniformQuantizer

@@ -13,7 +13,7 @@ from conftest import (
     run_in_process,
     run_script,
     same_leaves,
-)  # fmt: skip
+)
 
 import quant_ops as q
 from common.artifacts import load_artifact
@@ -29,8 +29,8 @@ PLUS = load_script("methods/tqdit_plus")
 PLAIN = dict(
     wbits=4, abits=5, metric="hessian", rounds=1, edge_bits=None, cond_bits=None, tgq_inputs=False,
     smoothquant=False, rounding="nearest", input_group=None, dynamic_products=False,
-    weight_group=None, hadamard=False, rank=None, fit_last=False, rows=None,
-    tag="plus",
+    weight_group=None, hadamard=False, rank=None, fit_last=False,
+    rows=None, tag="plus",
 )  # fmt: skip
 
 
