@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from processes import hardware
+from processes import machine
 from random_run import lively
 from sampling import GROUPS, add_timing_flags, quantize, seconds, widths
 
@@ -85,9 +85,8 @@ def main(args):
     twins = {
         engine: quantize(model, CONFIG, batch, args.bits, engine).blocks[0] for engine in ENGINES
     }
-    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     rows = args.rows // TOKENS * TOKENS
-    print(f"{hardware(args.device)}, {threads}; {rows} rows, W{args.bits[0]}A{args.bits[1]}\n")
+    print(f"{machine(args.device)}; {rows} rows, W{args.bits[0]}A{args.bits[1]}\n")
     print(f"| layer | way | ms | x {args.dtype} |\n|---|---|---|---|")
     for name in LAYERS:
         times = measure(contenders(name, model.blocks[0], twins, args), args)

@@ -59,5 +59,10 @@ def instruction_sets():
 
 def cpu_and_torch():
     """What a figure of this process on the CPU was made by."""
-    threads, cpu = torch.get_num_threads(), hardware(torch.device("cpu"))
-    return f"{cpu} ({instruction_sets()}), {threads} threads, torch {torch.__version__}"
+    return machine(torch.device("cpu"))
+
+
+def machine(device):
+    """The GPU, or the CPU with its instruction sets and torch's threads; torch."""
+    on_cpu = f" ({instruction_sets()}), {torch.get_num_threads()} threads"
+    return f"{hardware(device)}{on_cpu * (device.type == 'cpu')}, torch {torch.__version__}"

@@ -4,7 +4,8 @@ Every contender takes some steps in turn, in alternating order, for some rounds;
 ratio is the median over rounds of its time to that of full precision in the same round.
 Weights: the demo's checkpoint, and random ones, all gates open, in the shape of DiT-XL/2. Scales of
 the quantizers are min-max ones of a single forward pass: values do not change the time.
---official is a checkout of github.com/facebookresearch/DiT; its code imports timm.
+--official is a checkout of github.com/facebookresearch/DiT; its code imports timm. --openvino takes
+openvino and nncf.
 
     python benchmarks/sampling.py --official DiT
     python benchmarks/sampling.py --models xl --blocks 2 --bits 6/6 4/8 --engines float int8
@@ -20,7 +21,8 @@ from statistics import median
 
 import torch
 
-from processes import ROOT, hardware
+import openvino_dit
+from processes import ROOT, machine
 from random_run import STEPS, lively, released_layers
 
 from common.checkpoints import load_dit
@@ -124,8 +126,8 @@ def ours(model, y, compiled=False):
         yield from trajectory(model, diffusion, y, generators, GUIDANCE)
 
 
-def contenders(name, args):
-    """Label -> endless iterator over sampling steps."""
+def make_models(name, args):
+    """Label -> model, full precision first; its configuration; a batch (x, t, y)."""
     if name == "demo":
         model, config = load_dit(ROOT / "demo" / "dit_mnist.pt")
         model = model.to(args.device)
@@ -134,19 +136,28 @@ def contenders(name, args):
         model = lively(config, args.device)
     y = torch.arange(args.batch_size, device=args.device) % model.num_classes
     x = torch.randn(len(y), model.in_channels, *[model.input_size] * 2, device=args.device)
-    runs, models = {}, {FULL: model}
+    models, batch = {FULL: model}, (x, torch.full_like(y, 500), y)
     for bits in args.bits:
         for engine in args.engines:
             label = f"W{bits[0]}A{bits[1]}" + ("" if engine == "float" else f", --engine {engine}")
-            batch = x, torch.full_like(y, 500), y
             models[label] = quantize(model, config, batch, bits, engine)
-    for label, found in models.items():
-        runs[label] = ours(found, y)
+    return models, config, batch
+
+
+def contenders(name, args):
+    """Label -> endless iterator over sampling steps."""
+    models, config, batch = make_models(name, args)
+    runs, (x, _, y) = {}, batch
+    for label, model in models.items():
+        runs[label] = ours(model, y)
         if args.compile:
-            runs[f"{label}, --compile"] = ours(found, y, compiled=True)
+            runs[f"{label}, --compile"] = ours(model, y, compiled=True)
+    if args.openvino:
+        twins = openvino_dit.twins(models[FULL], [torch.cat([part, part]) for part in batch])
+        runs |= {label: ours(twin, y) for label, twin in twins.items()}
     if args.official:
-        theirs = load_official(args.official, config, model)
-        runs["public DiT code"] = official(*theirs, x, y, model.num_classes)
+        theirs = load_official(args.official, config, models[FULL])
+        runs["public DiT code"] = official(*theirs, x, y, models[FULL].num_classes)
     return runs
 
 
@@ -171,8 +182,9 @@ def seconds(run, args):
 
 
 def main(args):
-    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{hardware(args.device)}, {threads}; {args.dtype}, TF32 off; ", end="")
+    if args.openvino:
+        openvino_dit.check(args)
+    print(f"{machine(args.device)}; {args.dtype}, TF32 off; ", end="")
     print(f"batch {args.batch_size}, doubled by guidance; medians of {args.rounds} rounds")
     for name in args.models:
         with torch.no_grad():
@@ -208,6 +220,7 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--official", type=Path, help="a checkout of the public DiT code")
+    p.add_argument("--openvino", action="store_true", help="OpenVINO too, in fp32 and 8 bits")
     p.add_argument("--models", nargs="+", choices=("demo", "xl"), default=["demo", "xl"])
     p.add_argument("--blocks", type=int, help="of DiT-XL/2, if not all 28")
     p.add_argument("--bits", type=widths, nargs="+", default=[(8, 8)], help="such as 8/8 6/6 4/8")

@@ -12,7 +12,7 @@ import torch
 from common import quant_file
 from common.packing import unpack_codes
 from engine import int8_cuda
-from engine.int8_linear import Int8Linear, PackedLinear, folded, signed_weight, why_not
+from engine.int8_linear import Gelu, Int8Linear, PackedLinear, folded, signed_weight, why_not
 from quant_ops import GeluQuantizer
 
 BEYOND = dict(  # what layers of other methods have that this engine has not
@@ -84,7 +84,10 @@ class Int8Engine:
         return quant_file.make_layer(state)
 
     def fuse(self, model):
-        """The model; with Triton, GELU and the quantization after it become the end of fc1."""
+        """The model; on a CPU its GELU is one that compiles well, with Triton GELU and quantization
+        become the end of fc1."""
+        for block in model.blocks if self.no_triton is None else ():
+            block.mlp.act = Gelu()
         for block in model.blocks if self.no_triton == "" else ():
             fc1, fc2 = block.mlp.fc1, block.mlp.fc2
             if all(isinstance(layer, int8_cuda.Int8LinearCUDA) for layer in (fc1, fc2)):

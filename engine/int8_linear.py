@@ -9,6 +9,8 @@ left in floating point. Nothing that could come out wrong is multiplied on integ
     z = s_x s_w [ sum (q_x - z_x) v  -  (z_w - u) sum (q_x - z_x) ] + bias
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -129,6 +131,16 @@ class Int8Linear(nn.Module):
             scale, zero_point = scale[group].view(shape), zero_point[group].view(shape)
         row_sum = scale * (codes - zero_point).sum(dim=-1, keepdim=True)
         return torch.addcmul(out, row_sum, self.correction, value=-1)
+
+
+class Gelu(nn.Module):
+    """GELU in its tanh form, x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), which is
+    x sigmoid(2 u): compiled code takes half the time for that. Eager torch has one function."""
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            return F.gelu(x, approximate="tanh")
+        return x * torch.sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))
 
 
 class PackedLinear(nn.Module):

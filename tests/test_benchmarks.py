@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, load_script, needs_fake_cuda, refused, run_in_process
+from conftest import ROOT, load_script, needs_fake_cuda, parsed, refused, run_in_process
 from torch.profiler import ProfilerActivity, profile
 
 from common.quant_file import load_quant
@@ -16,8 +16,10 @@ from quant_ops import QuantLinear, QuantMatMul
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import layer_table  # noqa: E402
+import openvino_dit  # noqa: E402
 import random_run  # noqa: E402
 import sampling  # noqa: E402
+import step_parts  # noqa: E402
 
 CONFIG = dict(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5)
 SMALL = "--model DiT-Demo/4 --depth 1 --rows 10 --rounds 1".split()
@@ -67,6 +69,36 @@ def test_layers_alone_have_a_row_for_each_way(monkeypatch):
     assert len(ways) == 5 + 2
 
 
+def test_parts_of_a_step_are_all_of_it(monkeypatch, capsys):
+    """A row for each model; its parts add up to the last column; full precision's are 1 in all."""
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # compiling takes a minute
+    monkeypatch.setitem(sampling.DiT_models, "DiT-XL/2", CONFIG | dict(hidden_size=64))
+    flags = "--engines float int8 --rounds 1 --blocks 1".split()
+    step_parts.main(parsed(monkeypatch, ["benchmarks/step_parts.py", *flags]))
+    rows = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if "(0." in line]
+    found = [[float(cell.split()[0]) for cell in row] for row in rows]
+    assert len(found) == 3 and found[0][-1] == 1
+    for *parts, whole in found:
+        assert min(parts) > 0 and abs(sum(parts) - whole) < 0.003
+
+
+def test_floors_count_products_and_what_lies_between():
+    """Of a DiT one block deep: 2 K I O operations of each product, by hand; its passes' bytes."""
+    D, S, N, H = 32, 16, 4, 4  # width, tokens, samples, heads
+    model = random_run.lively(CONFIG | dict(depth=1), "cpu")
+    batch = torch.randn(N, 4, 8, 8), torch.zeros(N).long(), torch.arange(N)
+    blocks, ends = 12 * D * D, 4 * 4 * D + D * 4 * 8  # weights of tokens' layers
+    conditioning = 6 * D * D + 2 * D * D + 256 * D + D * D
+    linear, attention = step_parts.operations(model, batch)
+    assert linear == 2 * N * (S * (blocks + ends) + conditioning)
+    assert attention == 2 * 2 * N * S * S * D
+    floats = S * N * (4 * D + 2 * D + 5 * D + 5 * D + D + 4 * 8)  # qkv, proj, fc1, fc2, the last
+    assert step_parts.bytes_between(model, batch) == 4 * floats
+    twin = sampling.quantize(model, CONFIG | dict(depth=1), batch)
+    products = 4 * N * S * D + 2 * N * H * S * S  # q, k, v, the result; scores, softmax
+    assert step_parts.bytes_between(twin, batch) == 4 * (floats + products)
+
+
 def test_engine_error_s_columns_are_those_of_the_report(tiny_run):
     """Fake quantization's SNR is 03's, to rounding; the engines' are near."""
     result = run("engine_error", "--run", tiny_run, "--models", "w6a6")
@@ -80,6 +112,30 @@ def test_engine_error_s_columns_are_those_of_the_report(tiny_run):
 def test_checkout_that_is_none_is_refused_in_one_line():
     """--official NOWHERE: status 2 and the reason."""
     refused(run("sampling", "--models", "demo", "--official", "nowhere"), "--official nowhere")
+
+
+def test_openvino_s_twins_are_the_network():
+    """fp32 is equal but for rounding, 8 bits are near; both have the batch's shape."""
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    model, y = random_run.lively(CONFIG, "cpu"), torch.arange(4)
+    batch = torch.randn(4, 4, 8, 8), torch.tensor([1, 300, 700, 999]), y
+    wanted = model(*batch)
+    twins = openvino_dit.twins(model, batch)
+    errors = [((twin(*batch) - wanted).norm() / wanted.norm()).item() for twin in twins.values()]
+    assert errors[0] < 1e-5 and 1e-3 < errors[1] < 0.2
+
+
+@pytest.mark.parametrize("missing", ["openvino", "nncf"])
+def test_openvino_that_is_missing_is_told_in_one_line(missing, monkeypatch):
+    """Before any model is made."""
+    monkeypatch.setitem(sys.modules, missing, None)
+    refused(run("sampling", "--models", "demo", "--openvino"), missing)
+
+
+def test_openvino_is_for_fp32():
+    """OpenVINO's bf16 is another thing than autocast's."""
+    refused(run("sampling", "--models", "demo", "--openvino", "--dtype", "bf16"), "fp32")
 
 
 @pytest.fixture

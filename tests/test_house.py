@@ -31,6 +31,7 @@ MAY_IMPORT = {name: LIBRARIES | RUNTIME for name in [*SCRIPTS, "methods", "demo"
 INSIDE_A_FUNCTION = {  # who asks for a package that need not be there, only when it is used
     "common/weight_files.py": {"safetensors"},
     "benchmarks/sampling.py": {"models", "diffusion"},  # the public DiT code of --official
+    "benchmarks/openvino_dit.py": {"openvino", "nncf"},
 }
 LINES = {
     "01_collect_calib.py": 150, "02_grad_cache.py": 150, "03_quantize.py": 250,

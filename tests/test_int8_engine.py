@@ -99,6 +99,15 @@ def test_packed_weight_is_the_dequantized_one(bits):
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gelu_is_the_network_s(compiled):
+    """Compiled or not, far from zero too: DiT's tanh form, to rounding in float32."""
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e4, 0, 1e4])])
+    gelu = torch.compile(e.Gelu(), backend="aot_eager") if compiled else e.Gelu()
+    expected = F.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(gelu(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @needs_product
 @torch.no_grad()
 def test_model_of_a_quant_file_runs_on_integers(tiny_run):
