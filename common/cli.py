@@ -103,19 +103,25 @@ def run_script(main, parse_args):
     try:
         main(parse_args())
     except InputError as error:
-        if "--traceback" in sys.argv:
-            traceback.print_exc()
         sys.exit(_fail(script, error))
     except torch.OutOfMemoryError:
         sys.exit(_fail(script, "out of GPU memory: smaller --batch-size, --memory-limit?"))
     except MemoryError as error:
         sys.exit(_fail(script, f"out of memory ({error}): smaller --batch-size?"))
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        sys.exit(_fail(script, f"--compile: {reason}; without it the same, slower"))
     except KeyboardInterrupt:
         who = "stopped, as another process was" if dist.is_initialized() else "interrupted"
         sys.exit(_fail(script, f"{who}; the same command again continues", status=130))
 
 
 def _fail(script, message, status=2):
+    """One line on stderr, with --traceback where it was raised before that; returns the status."""
+    if "--traceback" in sys.argv:
+        traceback.print_exc()
     if dist.is_initialized():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, now that this process ends
         script = f"\n{script} (rank {dist.get_rank()} of {dist.get_world_size()})"  # off the bar

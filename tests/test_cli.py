@@ -108,6 +108,17 @@ def test_refusal_of_a_process_is_one_line_too(tmp_path):
     assert result.stdout == "" and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
+def test_compiler_that_is_missing_is_told_in_one_line(tiny_run, tmp_path):
+    """04 --compile on a machine without a C++ compiler."""
+    (tmp_path / "quant_w6a6.pt").symlink_to(tiny_run / "quant_w6a6.pt")
+    nowhere = dict(CXX=str(tmp_path / "c++"), PATH="", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    flags = "--run", tmp_path, *"--wbits 6 --abits 6 --num-images 1 --steps 1 --compile".split()
+    result = run_script("04_sample", *flags, env=nowhere)
+    refused(result, "C++ compiler")
+    assert not (tmp_path / "samples_w6a6.npz").exists()
+
+
 def test_traceback_shows_where_it_failed(tmp_path, run_here):
     """--traceback: the same status and last line, and above it where the fault was found."""
     result = run_here("02_grad_cache", "--run", tmp_path, "--traceback")
