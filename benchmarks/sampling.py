@@ -16,6 +16,7 @@ import copy
 import sys
 import time
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +31,7 @@ from common.cli import InputError, pick_device, run_script
 from common.int8_engine import build
 from common.offload import units
 from common.quant_file import linear_state, matmul_state, quantized_parts
+from common.quantizers import DynamicQuantizer
 from models_dit import (
     Diffusion, DiT_models, MatMul, explicit_products, image_generators, trajectory,
 )  # fmt: skip
@@ -41,19 +43,29 @@ GROUPS, GUIDANCE = 10, 1.5  # the paper's
 FULL = "ours, full precision"
 
 
-def layer_state(layer, spec, ranges, bits):
-    """What 03 would write of a layer, scales from min-max; `ranges` are those of its inputs."""
-    wbits, abits = bits
-    uniform = [uniform_candidates(*ends, abits)[0] for ends in ranges]
-    if isinstance(layer, MatMul):
-        softmax = SoftmaxQuantizer(abits, softmax_grid(abits)[4].repeat(GROUPS))
-        return matmul_state(softmax if spec.post_softmax else uniform[0], uniform[1])
-    Q_X = gelu_candidates(*ranges[0], abits)[0] if spec.post_gelu else uniform[0]
+def activations(layer, spec, ranges, bits, dynamic):
+    """Quantizers of a layer's inputs, of these ranges, or with scales found at run time."""
     if spec.reads_image:  # D6
-        Q_X = FullPrecision()
+        return [FullPrecision()]
+    if dynamic:
+        of_product = ("token", "column") if isinstance(layer, MatMul) else ("token",)
+        return [DynamicQuantizer(bits, per) for per in of_product]
+    found = [uniform_candidates(*ends, bits)[0] for ends in ranges]
+    if spec.post_softmax:
+        found[0] = SoftmaxQuantizer(bits, softmax_grid(bits)[4].repeat(GROUPS))
+    return [gelu_candidates(*ranges[0], bits)[0]] if spec.post_gelu else found
+
+
+def layer_state(layer, spec, ranges, bits, dynamic=False):
+    """What 03 would write of a layer, or with dynamic scales methods/tqdit_plus.py with one for
+    each token; weights' from min-max. `ranges` are those of its inputs."""
+    wbits, abits = bits
+    of_inputs = activations(layer, spec, ranges, abits, dynamic)
+    if isinstance(layer, MatMul):
+        return matmul_state(*of_inputs)
     weight = layer.weight.flatten(1)
     Q_W = uniform_candidates(*weight.aminmax(dim=1, keepdim=True), wbits)[0]
-    return linear_state(layer, weight, Q_W, Q_X)
+    return linear_state(layer, weight, Q_W, *of_inputs)
 
 
 def input_ranges(model, names, batch):
@@ -73,14 +85,14 @@ def input_ranges(model, names, batch):
     return ranges
 
 
-def quantize(model, config, batch, bits=(8, 8), engine="float"):
+def quantize(model, config, batch, bits=(8, 8), engine="float", dynamic=False):
     """The model of a quant file with the released layers (D6), as 04 makes it for this engine."""
     layers = {}
     for unit in units(model):
         layers |= released_layers(model, unit)
     ranges = input_ranges(model, layers, batch)
     states = {
-        name: layer_state(model.get_submodule(name), spec, ranges[name], bits)
+        name: layer_state(model.get_submodule(name), spec, ranges[name], bits, dynamic)
         for name, spec in layers.items()
     }
     file = quantized_parts(model, config, states, STEPS, GROUPS)
@@ -137,10 +149,10 @@ def make_models(name, args):
     y = torch.arange(args.batch_size, device=args.device) % model.num_classes
     x = torch.randn(len(y), model.in_channels, *[model.input_size] * 2, device=args.device)
     models, batch = {FULL: model}, (x, torch.full_like(y, 500), y)
-    for bits in args.bits:
-        for engine in args.engines:
-            label = f"W{bits[0]}A{bits[1]}" + ("" if engine == "float" else f", --engine {engine}")
-            models[label] = quantize(model, config, batch, bits, engine)
+    for bits, engine, inputs in product(args.bits, args.engines, args.inputs):
+        label = f"W{bits[0]}A{bits[1]}" + f" {inputs}" * (inputs != "static")
+        label += f", --engine {engine}" * (engine != "float")
+        models[label] = quantize(model, config, batch, bits, engine, inputs == "dynamic")
     return models, config, batch
 
 
@@ -215,6 +227,13 @@ def add_timing_flags(p, steps, what):
     p.add_argument("--device", type=pick_device, default=device)
 
 
+def add_input_flag(p):
+    """What scales of activations the quant files have."""
+    scales = "static", "dynamic"
+    what = "their scales: as 03 writes them, found at run time for each token"
+    p.add_argument("--inputs", nargs="+", choices=scales, default=["static"], help=what)
+
+
 def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -226,6 +245,7 @@ def parse_args():
     p.add_argument("--bits", type=widths, nargs="+", default=[(8, 8)], help="such as 8/8 6/6 4/8")
     engines = ("float", "int8", "int8-folded")
     p.add_argument("--engines", nargs="+", choices=engines, default=["float"], help="of 04")
+    add_input_flag(p)
     p.add_argument("--batch-size", type=int, default=8)
     add_timing_flags(p, 5, "a round's steps of each")
     return p.parse_args()

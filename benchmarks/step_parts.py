@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from page import table
 from processes import machine
-from sampling import FULL, make_models, ours, widths
+from sampling import FULL, add_input_flag, make_models, ours, widths
 
 from common.cli import run_script
 from engine.int8_linear import Int8Linear
@@ -166,6 +166,7 @@ def parse_args():
     p.add_argument("--bits", type=widths, nargs="+", default=[(6, 6)], help="such as 6/6 4/8")
     engines = ("float", "int8", "int8-folded")
     p.add_argument("--engines", nargs="+", choices=engines, default=["int8"], help="of 04")
+    add_input_flag(p)
     p.add_argument("--batch-size", type=int, default=2)
     p.add_argument("--rounds", type=int, default=9)
     p.set_defaults(device=torch.device("cpu"))

@@ -11,8 +11,10 @@ import torch
 
 from common import quant_file
 from common.packing import unpack_codes
+from common.quantizers import DynamicQuantizer
 from engine import int8_cuda
 from engine.int8_linear import Gelu, Int8Linear, PackedLinear, folded, signed_weight, why_not
+from engine.token_quantizer import TokenQuantizer
 from quant_ops import GeluQuantizer
 
 BEYOND = dict(  # what layers of other methods have that this engine has not
@@ -33,6 +35,13 @@ def build(artifact, source, engine, device):
     return model
 
 
+def of_tokens(state):
+    """Whether a linear layer's inputs have one scale for all, for each time group or each token."""
+    act, channels = state["act"], state["weight"]["shape"][1]
+    one_group = act.get("group_size") in (None, channels)
+    return act["type"] != "dynamic" or (act["per"] == "token" and one_group)
+
+
 class Int8Engine:
     """Makes the layers of one model, and counts those on integers and why the others are not."""
 
@@ -51,6 +60,8 @@ class Int8Engine:
         if reason:
             return self.float_layer(state, reason)
         act, packed = quant_file.make_quantizer(state["act"]), state["weight"]
+        if isinstance(act, DynamicQuantizer):
+            act = TokenQuantizer(act.bits)
         codes = unpack_codes(packed["codes"], packed["bits"], packed["shape"])
         v, correction = signed_weight(codes, packed["zero_point"], packed["bits"])
         act, how = self.fold(v, act)
@@ -67,7 +78,7 @@ class Int8Engine:
         if state["type"] != "linear":
             return "convolution" if state["type"] == "conv" else "products of activations"
         found = [what for key, what in BEYOND.items() if key in state or key in state["weight"]]
-        found += ["dynamic scales of inputs"] * (state["act"]["type"] == "dynamic")
+        found += ["scales of inputs by channels or samples"] * (not of_tokens(state))
         found += ["a bias for each time group"] * (state["bias"].ndim > 1)
         return found[0] if found else ""
 
@@ -90,7 +101,8 @@ class Int8Engine:
             block.mlp.act = Gelu()
         for block in model.blocks if self.no_triton == "" else ():
             fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-            if all(isinstance(layer, int8_cuda.Int8LinearCUDA) for layer in (fc1, fc2)):
+            made = all(isinstance(layer, int8_cuda.Int8LinearCUDA) for layer in (fc1, fc2))
+            if made and not isinstance(fc2.act, TokenQuantizer):  # it needs all of GELU's outputs
                 block.mlp = int8_cuda.Int8Mlp(fc1, fc2)
         return model
 

@@ -1,6 +1,7 @@
 """Linear layers that multiply the codes of a quant file themselves, on CUDA.
 
-Weights stay int8 on the device, inputs become int8 codes, and sums are exact in int32: by Triton's
+Weights stay int8 on the device, inputs become int8 codes, with the static scale of their time group
+or with one that each token finds at run time, and sums are exact in int32: by Triton's
 kernel (triton_kernels.py), or where it is missing by `torch._int_mm` and what `torch.compile` makes
 of the rest. Quantizing the inputs is left to `torch.compile`, with the LayerNorm before it.
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from engine.int_products import MAX_INPUTS, has_int_unit
+from engine.token_quantizer import TokenQuantizer
 from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, quantize
 
 FEWEST_ROWS = 17  # that `_int_mm` takes on CUDA
@@ -84,7 +86,7 @@ def regions(codes, grid):
 
 def why_not(v: Tensor, act: nn.Module, device: torch.device) -> str:
     """Why this layer is not multiplied on the device's integers; "" if it is."""
-    if not isinstance(act, UniformQuantizer | GeluQuantizer):
+    if not isinstance(act, UniformQuantizer | GeluQuantizer | TokenQuantizer):
         return "inputs in full precision"
     if not has_int_unit(device):
         return "this GPU has no product of codes"
@@ -115,9 +117,12 @@ class Int8LinearCUDA(nn.Module):
     def forward(self, x, group=None, then=None):
         """x (N, ..., I), or its codes in int8 already; with `then`, the layer that follows GELU,
         the codes of that layer's inputs."""
-        codes = x if x.dtype == torch.int8 else self.codes(x, group)
+        if isinstance(self.act, TokenQuantizer):
+            codes, grid, group = self.of_tokens(x)
+        else:
+            codes, grid = x if x.dtype == torch.int8 else self.codes(x, group), self.grid()
         weight = [self.weight, self.w_scale, self.bias, self.w_sum, self.correction]
-        grid, dtype = self.grid(), out_dtype(x.device.type)
+        dtype = out_dtype(x.device.type)
         sums = [] if self.correction is None else regions(codes, grid)
         sums = [a.sum(dim=-1, dtype=torch.int32) for a in sums]
         if self.triton:
@@ -125,7 +130,8 @@ class Int8LinearCUDA(nn.Module):
             half = 0 if then is None else then.half
             return triton_linear(codes, group, grid, sums, weight, following, half, dtype)
         if group is not None and grid[0].ndim:
-            shape = -1, *[1] * (codes.ndim - 1)
+            of_tokens = len(group) == codes[..., 0].numel()
+            shape = (*codes.shape[:-1], 1) if of_tokens else (-1, *[1] * (codes.ndim - 1))
             grid = [None if table is None else table[group].view(shape) for table in grid]
         return torch_linear(codes, grid, sums, weight, dtype)
 
@@ -134,6 +140,15 @@ class Int8LinearCUDA(nn.Module):
         if isinstance(self.act, UniformQuantizer):
             return [self.act.scale, None, self.zero_point]
         return [self.act.scale1, self.act.scale2, None]
+
+    def of_tokens(self, x):
+        """Inputs as int8 codes, the grid of each token, and of each token which grid is its own."""
+        x = x.float() if self.smooth is None else x.float() / self.smooth
+        scale, zero_point = self.act.params_for(x)
+        codes = quantize(x, scale, zero_point, self.act.bits).sub_(self.half).to(torch.int8)
+        zero_point = (zero_point - self.half).int().flatten()
+        grid = [scale.flatten(), None, zero_point]
+        return codes, grid, torch.arange(len(zero_point), device=x.device)
 
     def codes(self, x, group):
         """Inputs as int8 codes."""

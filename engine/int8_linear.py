@@ -1,9 +1,10 @@
 """Linear layers that multiply the codes of a quant file themselves, on a CPU.
 
-Weights stay packed as int8, inputs become uint8 codes with the static scale of their time group,
-and oneDNN's u8 x s8 product accumulates in int32. Where the CPU lacks VNNI that product adds pairs
-in 16 bits and saturates: a self-test finds out, and a layer whose codes could reach that far is
-left in floating point. Nothing that could come out wrong is multiplied on integers.
+Weights stay packed as int8, inputs become uint8 codes, with the static scale of their time group or
+with one that each token finds at run time, and oneDNN's u8 x s8 product accumulates in int32. Where
+the CPU lacks VNNI that product adds pairs in 16 bits and saturates: a self-test finds out, and a
+layer whose codes could reach that far is left in floating point. Nothing that could come out wrong
+is multiplied on integers.
 
     x_hat = s_x (q_x - z_x), w_hat = s_w (q_w - z_w), so with v = q_w - u for any u
     z = s_x s_w [ sum (q_x - z_x) v  -  (z_w - u) sum (q_x - z_x) ] + bias
@@ -18,6 +19,7 @@ from torch import Tensor, library
 
 from engine.int_products import MAX_INPUTS
 from engine.onednn import pack, pair_limit, u8s8
+from engine.token_quantizer import TokenQuantizer
 from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, qparams_from_range, quantize
 
 # ------------------------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def signed_weight(codes: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor,
 
 def why_not(v: Tensor, act: nn.Module) -> str:
     """Why this layer is not multiplied on this CPU's integers; "" if it is."""
-    if not isinstance(act, UniformQuantizer | GeluQuantizer):
+    if not isinstance(act, UniformQuantizer | GeluQuantizer | TokenQuantizer):
         return "inputs in full precision"
     if v.shape[1] >= MAX_INPUTS:
         return "too many inputs"
@@ -97,9 +99,13 @@ class Int8Linear(nn.Module):
 
     def __init__(self, v, correction, w_scale, bias, act, smooth=None):
         """v (O, I) int8 and `correction` of `signed_weight`; w_scale () or (O, 1); bias (O,);
-        `act` a UniformQuantizer or GeluQuantizer; smooth (I,): what inputs are divided by."""
+        `act` a UniformQuantizer, GeluQuantizer or TokenQuantizer; smooth (I,): what inputs are
+        divided by."""
         super().__init__()
         w_scale = w_scale.flatten().expand(len(v)).contiguous()
+        if isinstance(act, TokenQuantizer):  # sums of the rows of the weight
+            sums = v.sum(dim=1) - v.shape[1] * (0 if correction is None else correction)
+            self.register_buffer("w_sum", sums * w_scale)
         self.register_buffer("weight", pack(v))
         self.register_buffer("w_scale", w_scale)
         self.register_buffer("correction", None if correction is None else correction * w_scale)
@@ -109,6 +115,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x, group=None):
         x = x.float() if self.smooth is None else x.float() / self.smooth
+        if isinstance(self.act, TokenQuantizer):
+            return self.of_tokens(x)
         if isinstance(self.act, UniformQuantizer):
             codes = quantize(x, *self.act.params_for(x, group), self.act.bits)
             return self.product(codes, self.act.scale, self.act.zero_point, group, self.bias)
@@ -117,6 +125,15 @@ class Int8Linear(nn.Module):
         middle, zero = (torch.full_like(self.act.scale1, v) for v in (half, 0))
         out = self.product(low + half, self.act.scale1, middle, group, self.bias)
         return out + self.product(high, self.act.scale2, zero, group, None)
+
+    def of_tokens(self, x):
+        """With a scale and zero point for each token: the product has the middle of the codes for
+        its zero point, the rest follows from the weight's sums."""
+        scale, zero_point = self.act.params_for(x)
+        codes = quantize(x, scale, zero_point, self.act.bits)
+        one, middle = (self.w_scale.new_full((), v) for v in (1, 2 ** (self.act.bits - 1)))
+        out = self.product(codes, one, middle, None, None)
+        return (out - (zero_point - middle) * self.w_sum) * scale + self.bias
 
     def product(self, codes, scale, zero_point, group, bias):
         """Of codes (..., I), whole numbers 0..255 in floats."""

@@ -1,9 +1,21 @@
-"""Dynamic quantization of activations, ranges taken as they come: what Q-DiT and DiTAS share."""
+"""Dynamic quantization of activations, ranges taken as they come: what methods share."""
 
 import torch.nn as nn
 
+from common.cli import number_or_none
 from common.quantizers import DynamicQuantizer
 from methods.balancing import tokens_of
+from methods.rounding import divisor
+
+
+def channels_or_token(text):
+    """A flag's number of channels, "token" for all that a token has, or None for `none`."""
+    return text if text == "token" else number_or_none(text)
+
+
+def group_size(wanted, channels):
+    """How many of a token's channels share a scale: all ("token"), or at most so many."""
+    return channels if wanted == "token" else divisor(channels, wanted)
 
 
 class OnRows(nn.Module):

@@ -43,6 +43,7 @@ from common.quantizers import DynamicQuantizer  # noqa: E402
 from common.report import linear_cost, matmul_cost  # noqa: E402
 from common.unit_data import rows_to_search  # noqa: E402
 from methods.balancing import Way, transformed  # noqa: E402
+from methods.dynamic import channels_or_token, group_size  # noqa: E402
 from methods.last_layer import fitted  # noqa: E402
 from methods.rounding import divisor, gram, group_grid, low_rank_part, rounded_to  # noqa: E402
 from methods.static_scales import joined, search_static  # noqa: E402
@@ -66,7 +67,7 @@ class Settings(NamedTuple):
     tgq_inputs: bool
     smoothquant: bool
     rounding: str
-    input_group: int | None
+    input_group: int | str | None  # "token": all channels
     dynamic_products: bool
     weight_group: int | None
     hadamard: bool
@@ -95,10 +96,11 @@ def parse_args():
     p.ours.add_argument("--tgq-inputs", action=flag, default=True, help="TGQ for linear inputs")
     p.ours.add_argument("--smoothquant", action=flag, default=True, help="even out input channels")
     p.ours.add_argument("--rounding", choices=("gptq", "nearest"), default="gptq", help="weights")
-    group = dict(type=number_or_none, default=32)
-    p.ours.add_argument("--input-group", **group, help="channels; none: static scales, searched")
+    group = "channels; token: all of a token; none: static scales, searched"
+    p.ours.add_argument("--input-group", type=channels_or_token, default=32, help=group)
     p.ours.add_argument("--dynamic-products", action=flag, default=True, help="of attention")
-    p.ours.add_argument("--weight-group", **group, help="input channels; none: all have one scale")
+    group = "input channels; none: all have one scale"
+    p.ours.add_argument("--weight-group", type=number_or_none, default=32, help=group)
     p.ours.add_argument("--hadamard", action=flag, default=True, help="rotate input channels")
     p.ours.add_argument("--rank", type=number_or_none, help="of the branch")
     p.ours.add_argument("--fit-last", action=flag, default=True, help="fit the last layer")
@@ -112,7 +114,8 @@ def check(args):
     optional = [flag for flag in ("edge_bits", "cond_bits") if getattr(args, flag) is not None]
     check_bits(args, "wbits", "abits", *optional)
     check_tag(args)
-    at_least_one(args, "rounds", "rows", "input_group", "weight_group", "rank")
+    numbers = ["rounds", "rows", "weight_group", "rank"]
+    at_least_one(args, *numbers, *["input_group"] * (args.input_group != "token"))
     check_unit_flags(args)
 
 
@@ -133,7 +136,8 @@ def search_linear(weight, fit, layer, cfg, search):
     if bits.inputs is None:
         return search(weights, fit, WeightLoss(weight, FullPrecision())), FullPrecision()
     if cfg.input_group is not None:
-        Q_X = DynamicQuantizer(bits.inputs, "token", divisor(weight.shape[1], cfg.input_group))
+        size = group_size(cfg.input_group, weight.shape[1])
+        Q_X = DynamicQuantizer(bits.inputs, "token", size)
         if cfg.weight_group is None:
             Q_W = search(weights, fit, WeightLoss(weight, Q_X))
         return Q_W, Q_X

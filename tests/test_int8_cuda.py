@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import quant_ops as q
 from common import int8_engine, quant_file
+from common.quantizers import DynamicQuantizer
 from engine import int8_cuda as e
 from engine.int8_linear import folded, signed_weight
+from engine.token_quantizer import TokenQuantizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
@@ -44,6 +46,8 @@ def quantizer(kind, bits, factor):
     """A quantizer of inputs in about [-3, 3] whose ranges are `factor` times that, () or (G,)."""
     if kind == "uniform":
         return q.uniform_candidates(-3 * factor, 2 * factor, bits)[0]
+    if kind == "token":
+        return TokenQuantizer(bits)
     half = 2 ** (bits - 1)
     act = q.GeluQuantizer(bits, 0.17 * factor / half, 3 * factor / half)
     return folded(act) if kind == "folded" else act
@@ -91,6 +95,22 @@ def test_product_is_the_integer_definition_bit_for_bit(bits, kind, groups, trito
     x_hat = layer.act(x.cpu() / smooth, GROUPS[groups][1]).double()
     expected = F.linear(x_hat, weight.cpu().double(), layer.bias.double())
     assert (found.cpu() - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_scale_for_each_token_is_the_definition_bit_for_bit(bits, triton):
+    """Scales found at run time, of tokens of every size: exact sums, one formula."""
+    layer, weight = layer_of(bits, "token", None, triton, smooth=torch.rand(INPUTS) + 1)
+    x = torch.randn(ROWS, TOKENS, INPUTS) * torch.logspace(-3, 3, TOKENS)[:, None]
+    found, layer = layer(x.to(DEVICE)).cpu(), layer.cpu()
+    codes, (scale, _, zero_point), _ = layer.of_tokens(x)
+    w = layer.weight.long() - (0 if layer.correction is None else layer.correction[:, None].long())
+    sums = (codes.long() - zero_point.view(ROWS, TOKENS, 1)) @ w.T
+    expected = sums.float() * scale.view(ROWS, TOKENS, 1) * layer.w_scale + layer.bias
+    assert torch.equal(found, expected)
+    x_hat = DynamicQuantizer(bits[1], "token")(x / layer.smooth).double()
+    ideal = F.linear(x_hat, weight.cpu().double(), layer.bias.double())
+    assert ((found - ideal).abs() / ideal.abs().amax(dim=-1, keepdim=True)).max() < 1e-6
 
 
 class RowsOfIntMM(TorchDispatchMode):

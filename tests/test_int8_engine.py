@@ -1,13 +1,17 @@
 """engine/int8_linear.py, common/int8_engine.py: codes of a quant file, multiplied as they are."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_in_process
 
 import engine.int8_linear as e
 import quant_ops as q
 from common import quant_file
 from common.int8_engine import Int8Engine
+from common.quantizers import DynamicQuantizer
 from engine import onednn
 
 needs_product = pytest.mark.skipif(
@@ -56,6 +60,51 @@ def test_layer_equals_fake_quantization_to_float_rounding(w_bits, a_bits, kind, 
     expected = F.linear(x_hat, Q_W(weight).double(), layer.bias.double())
     error = (layer(x, group[groups]) - expected).abs().max() / expected.abs().max()
     assert error < 1e-6
+
+
+@needs_product
+@pytest.mark.parametrize("channels", [None, 200])
+@pytest.mark.parametrize("w_bits, a_bits", WIDTHS)
+def test_a_scale_for_each_token_equals_fake_quantization(w_bits, a_bits, channels):
+    """Scales found at run time, of tokens of every size, of one sign too: against the product of
+    fake-quantized operands in float64, relative to each token's largest output."""
+    weight, Q_W = weight_and_grid(w_bits)
+    act, smooth = DynamicQuantizer(a_bits, "token", channels), torch.rand(200) + 1
+    x = torch.randn(6, 10, 200) * torch.logspace(-3, 3, 10)[:, None]
+    x[0] = x[0].abs()
+    engine = Int8Engine()
+    layer = engine.make_layer(state_of(weight, Q_W, act, smooth=smooth))
+    assert engine.on_integers == 1 or w_bits + a_bits > 14
+    layer.bias.zero_()
+    expected = F.linear(act(x / smooth).double(), Q_W(weight).double())
+    found, largest = layer(x), expected.abs().amax(dim=-1, keepdim=True)
+    assert ((found - expected).abs() / largest).max() < 2e-6
+
+
+@pytest.mark.parametrize("per, channels", [("token", 50), ("sample", None)])
+def test_other_scales_of_inputs_stay_in_floating_point(per, channels):
+    """One for some channels is no product of codes; one for a sample is not made here."""
+    weight, Q_W = weight_and_grid(4)
+    engine = Int8Engine()
+    layer = engine.make_layer(state_of(weight, Q_W, DynamicQuantizer(8, per, channels)))
+    assert type(layer) is q.QuantLinear and "channels or samples" in engine.describe()
+
+
+@needs_product
+def test_plus_with_a_scale_for_each_token_runs_on_integers(tiny_run, tmp_path):
+    """methods/tqdit_plus.py --input-group token: all nine linear layers but the last, of 8 bits,
+    which not every CPU multiplies; and near fake quantization of the same file."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    flags = "--wbits 6 --abits 6 --input-group token --weight-group none --no-hadamard".split()
+    made = run_in_process("methods/tqdit_plus", "--run", run, *flags)
+    assert made.returncode == 0, made.stderr
+    artifact, engine = quant_file.load_quant(run / "quant_w6a6_plus.pt"), Int8Engine()
+    integers = quant_file.build_quantized(artifact, "test", engine.make_layer)
+    assert engine.on_integers == 2 * 4 + (onednn.pair_limit() == onednn.EXACT)
+    x, t, y = torch.randn(4, 3, 8, 8), torch.tensor([999, 999, 0, 400]), torch.arange(4)
+    with torch.no_grad():
+        expected = quant_file.build_quantized(artifact, "test")(x, t, y)
+        assert (integers(x, t, y) - expected).norm() < 0.05 * expected.norm()
 
 
 @needs_product
