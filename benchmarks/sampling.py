@@ -22,8 +22,8 @@ from statistics import median
 
 import torch
 
-import openvino_dit
 from processes import ROOT, machine
+import openvino_dit
 from random_run import STEPS, lively, released_layers
 
 from common.checkpoints import load_dit

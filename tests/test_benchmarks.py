@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, load_script, needs_fake_cuda, parsed, refused, run_in_process
+from conftest import ROOT, load_script, needs_fake_cuda, parsed, refused, run_in_process, run_script
 from torch.profiler import ProfilerActivity, profile
 
 from common.quant_file import load_quant
@@ -53,6 +53,18 @@ def test_table_has_a_row_for_each_contender():
     assert torch.__version__ in result.stdout.splitlines()[0]
     assert re.search(r"\| ours, full precision \| [\d.]+ \| 1.00 \|", result.stdout)
     assert re.search(r"\| W8A8 \| [\d.]+ \| [\d.]+ \|", result.stdout)
+
+
+SCRIPTS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py"))
+           if "__main__" in path.read_text()]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_starts_by_hand_from_anywhere(name, tmp_path):
+    """In a process of its own, with nothing on its path but its folder."""
+    result = run_script(f"benchmarks/{name}", "--help", cwd=tmp_path)
+    assert result.returncode == 0 and "usage:" in result.stdout, result.stderr
 
 
 def test_layers_alone_have_a_row_for_each_way(monkeypatch):
