@@ -30,6 +30,7 @@ STYLES = {  # method: color, marker, line; this repository's two are thicker
     "tqdit": ("#0072b2", "o", "-"),
     "plus": ("#d55e00", "s", "-"),
     "plus_even": ("#d55e00", "s", ":"),
+    "plus_token": ("#d55e00", "s", "--"),
     "qdiffusion": ("#009e73", "^", "--"),
     "ptqd": ("#009e73", "v", ":"),
     "ptq4dit": ("#cc79a7", "D", "--"),

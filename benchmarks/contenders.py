@@ -42,12 +42,14 @@ class Method(NamedTuple):
 
 SOFTMAX = *SAME, "--softmax-bits", "{abits}"  # 8 in these papers, whatever k
 EVEN = "--cond-bits", "none", "--edge-bits", "none"
+BY_TOKEN = "--input-group", "token", "--weight-group", "none", "--no-hadamard"  # for the engine
 LEARNED = {"--weight-iterations": 20000, "--scale-iterations": 5000}
 PTQD = {"--weight-iterations": 10000, "--scale-iterations": 5000, "--trajectories": 1024}
 METHODS = {
     "tqdit": Method("TQ-DiT", TQDIT, own=None),
     "plus": Method("TQ-DiT plus", PLUS, EVEN[:2], own=()),
     "plus_even": Method("TQ-DiT plus, ends at k bits", PLUS, EVEN, variant=True),
+    "plus_token": Method("TQ-DiT plus, by token", PLUS, (*EVEN[:2], *BY_TOKEN), variant=True),
     "qdiffusion": Method("Q-Diffusion", "methods/qdiffusion.py", SOFTMAX, iterations=LEARNED),
     "ptqd": Method("PTQD", "methods/ptqd.py", (*SOFTMAX, *EVEN[2:]), iterations=PTQD),
     "ptq4dit": Method("PTQ4DiT", "methods/ptq4dit.py", SOFTMAX, iterations={"--iterations": 20000}),

@@ -72,9 +72,9 @@ def test_own_layers_are_compared_at_two_widths_and_more_images(monkeypatch):
     """Every model once; TQ-DiT's own layers are the released ones."""
     comparison, entries = compare.plan(options(monkeypatch, "--num-images-main", 300))
     released, own = ({m for table, m, _ in entries if table == layers} for layers in LAYERS)
-    assert len(entries) == len(released) + len(own) == 4 * len(METHODS) + 2 * (len(METHODS) - 2)
+    assert len(entries) == len(released) + len(own) == 4 * len(METHODS) + 2 * (len(METHODS) - 3)
     assert {model.bits for model in own} == {*MAIN}
-    assert not {"plus_even", "qdit_16"} & {model.method for model in own}
+    assert not {"plus_even", "plus_token", "qdit_16"} & {model.method for model in own}
     assert Model("tqdit", MAIN[0]) in released & own
     names = [job.name for job in comparison.stages[3]]
     assert {"04 fp 300", "04 w6a6_tqdit 300", "04 w6a6_htg 300", "04 w6a6_htg_own 200"} < {*names}
