@@ -14,7 +14,7 @@ def channels_or_token(text):
 
 
 def group_size(wanted, channels):
-    """How many of a token's channels share a scale: all ("token"), or at most so many."""
+    """How many of a token's channels share a scale: all ("token"), or about so many."""
     return channels if wanted == "token" else divisor(channels, wanted)
 
 

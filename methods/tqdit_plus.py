@@ -17,6 +17,7 @@ Algorithm 1 and its objective, Eq. (16), as in 03, and, each with a switch of it
 
 Scales taken at run time need no search, and leave MRQ, TGQ and R nothing to do; without the first
 two all are static, as in the paper. Gains: docs/log.md. R = 1: three rounds take 1 % off the error.
+With --input-group token --weight-group none --no-hadamard, `04 --engine int8` multiplies the codes.
 
     python methods/tqdit_plus.py --run runs/xl --wbits 4 --abits 8
     python 04_sample.py          --run runs/xl --wbits 4 --abits 8 --tag plus

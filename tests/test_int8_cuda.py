@@ -7,6 +7,7 @@ CPU; `pytest -m gpu` runs both on the GPU.
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,17 @@ def test_a_scale_for_each_token_is_the_definition_bit_for_bit(bits, triton):
     x_hat = DynamicQuantizer(bits[1], "token")(x / layer.smooth).double()
     ideal = F.linear(x_hat, weight.cpu().double(), layer.bias.double())
     assert ((found - ideal).abs() / ideal.abs().amax(dim=-1, keepdim=True)).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["uniform", "token"])
+def test_fc1_ends_with_fc2_s_codes_unless_each_token_finds_its_scale(kind):
+    """That needs all outputs of GELU at once, of which the kernel has a tile."""
+    engine, one = int8_engine.Int8Engine(), torch.tensor(1.0)
+    engine.no_triton = ""
+    fc1, fc2 = (layer_of((4, 8), x, one, False)[0] for x in ("uniform", kind))
+    model = SimpleNamespace(blocks=[SimpleNamespace(mlp=SimpleNamespace(fc1=fc1, fc2=fc2))])
+    fused = isinstance(engine.fuse(model).blocks[0].mlp, e.Int8Mlp)
+    assert fused == (kind == "uniform")
 
 
 class RowsOfIntMM(TorchDispatchMode):
