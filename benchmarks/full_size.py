@@ -28,7 +28,7 @@ import torch.nn as nn
 from jobs import Job
 from memory import CPU, DEFAULTS, in_new_process
 from page import publish, table
-from processes import cpu_and_torch, timed
+from processes import machine, timed
 from random_run import lively
 
 from common.artifacts import atomic_write
@@ -216,7 +216,7 @@ def main(args):
     rows = table(HEADER, perform_all(folder.resolve()))
     sizes = [f"{name} {mib(folder / 'files', name):.0f} MiB" for name in (CHECKPOINT, VAE)]
     what = f"{args.model}, {config['depth']} blocks, x of {args.input_size} x {args.input_size}"
-    text = f"{what}. {cpu_and_torch()}. Downloads: {', '.join(sizes)}.\n\n{rows}"
+    text = f"{what}. {machine(CPU)}. Downloads: {', '.join(sizes)}.\n\n{rows}"
     publish(args.out, "full size", INTRODUCTION, text)
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from page import publish, table
-from processes import cpu_and_torch
+from processes import machine
 from random_run import STEPS, lively, released_layers
 from sampling import GROUPS, GUIDANCE, input_ranges, layer_state, widths
 
@@ -189,7 +189,7 @@ def main(args):
         in_new_process(write_files, Path(folder), config, args.bits)
         rows = table(HEADER, measure_all(Path(folder), files, args.engines))
     blocks = f", {args.depth} blocks" if args.depth else ""
-    text = f"{args.model}{blocks}. {cpu_and_torch()}.\n\n{rows}"
+    text = f"{args.model}{blocks}. {machine(CPU)}.\n\n{rows}"
     publish(args.out, "memory", INTRODUCTION, text)
 
 

@@ -57,12 +57,8 @@ def instruction_sets():
     return ", ".join(name for name in wanted if found.get(name)) or "none of " + ", ".join(wanted)
 
 
-def cpu_and_torch():
-    """What a figure of this process on the CPU was made by."""
-    return machine(torch.device("cpu"))
-
-
 def machine(device):
-    """The GPU, or the CPU with its instruction sets and torch's threads; torch."""
+    """What a figure of this process was made by: the GPU, or the CPU with its instruction sets and
+    torch's threads; torch."""
     on_cpu = f" ({instruction_sets()}), {torch.get_num_threads()} threads"
     return f"{hardware(device)}{on_cpu * (device.type == 'cpu')}, torch {torch.__version__}"

@@ -152,7 +152,7 @@ class Int8Linear(nn.Module):
 
 class Gelu(nn.Module):
     """GELU in its tanh form, x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), which is
-    x sigmoid(2 u): compiled code takes half the time for that. Eager torch has one function."""
+    x sigmoid(2 u): compiled code is faster at that. Eager torch has one function."""
 
     def forward(self, x):
         if not torch.compiler.is_compiling():
