@@ -13,7 +13,7 @@ import torch
 
 from engine import int_products, onednn
 from engine.int_products import MAX_INPUTS, has_int_unit, takes_shapes
-from quant_ops import FullPrecision, InputLoss, WeightLoss, hessian_loss, search
+from quant_ops import GeluQuantizer, InputLoss, UniformQuantizer, WeightLoss, hessian_loss, search
 
 SLACK = 1.1  # of the least loss expected: candidates above are pruned at first
 
@@ -116,7 +116,7 @@ def on_integers(loss, candidates, data):
     else:
         return loss
     W, device, rows = loss.weight, data.device, min(len(chunk.x) for chunk in data.chunks)
-    if isinstance(Q_X, FullPrecision) or W.shape[1] >= MAX_INPUTS:
+    if not isinstance(Q_X, UniformQuantizer | GeluQuantizer) or W.shape[1] >= MAX_INPUTS:
         return loss
     if has_int_unit(device):
         return twin(*loss, INT_MM) if takes_shapes(rows, W, device) else loss

@@ -9,6 +9,7 @@ from conftest import linear_data
 import quant_ops as q
 from common import fast_search
 from common.fast_search import FastSearch
+from common.quantizers import DynamicQuantizer
 from engine import onednn
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -128,26 +129,28 @@ def test_search_on_integers_chooses_what_the_plain_search_chooses(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("device, unit, quantized, rows, outputs, integers", [
-    (CPU, True, True, 3, 23, True),
-    (CPU, True, False, 40, 24, False),  # inputs that are no integers
-    (CPU, False, True, 40, 24, False),
-    (CUDA, True, True, 17, 24, True),
-    (CUDA, True, True, 16, 24, False),  # a chunk too short for CUDA's unit
+STATIC = q.UniformQuantizer(8, torch.tensor(1.0), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("device, unit, inputs, rows, outputs, integers", [
+    (CPU, True, STATIC, 3, 23, True),
+    (CPU, True, q.FullPrecision(), 40, 24, False),
+    (CPU, True, DynamicQuantizer(8, "token"), 40, 24, False),
+    (CPU, False, STATIC, 40, 24, False),
+    (CUDA, True, STATIC, 17, 24, True),
+    (CUDA, True, STATIC, 16, 24, False),  # a chunk too short for CUDA's unit
 ])  # fmt: skip
 def test_losses_are_on_integers_where_they_can(
-    monkeypatch, device, unit, quantized, rows, outputs, integers
+    monkeypatch, device, unit, inputs, rows, outputs, integers
 ):
-    """Codes where there is a unit for them, it takes every chunk, and the inputs are quantized."""
+    """Codes where there is a unit for them, it takes every chunk, and inputs have static scales."""
     monkeypatch.setattr(fast_search, "has_int_unit", lambda device: unit)
     data = linear_data(torch.zeros(50 + rows, outputs), x=torch.zeros(50 + rows, 64), rows=50)
     data.device = device
-    W, one = torch.zeros(outputs, 64), torch.tensor(1.0)
-    Q = q.UniformQuantizer(8, one, one)
-    tried = q.Candidates(lambda i: Q, torch.arange(3))
-    for loss in (q.WeightLoss(W, Q if quantized else q.FullPrecision()), q.InputLoss(W, Q)):
+    W, tried = torch.zeros(outputs, 64), q.Candidates(lambda i: STATIC, torch.arange(3))
+    for loss in (q.WeightLoss(W, inputs), q.InputLoss(W, STATIC)):
         on_codes = type(fast_search.on_integers(loss, tried, data)) is not type(loss)
-        assert on_codes == (integers or not quantized and isinstance(loss, q.InputLoss))
+        assert on_codes == (integers or inputs is not STATIC and isinstance(loss, q.InputLoss))
 
 
 @pytest.mark.skipif(onednn.pair_limit() == 0, reason="no u8 x s8 product on this CPU")
