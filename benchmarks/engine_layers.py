@@ -59,10 +59,11 @@ def contenders(name, block, twins, args):
         runs["torch._int_mm alone"] = forever(torch._int_mm, codes.flatten(0, 1), v.T)
     for engine, twin in twins.items():
         if engine == "int8" or name in ("mlp", "mlp.fc2"):  # the others are the same
-            layer = compiled(twin.get_submodule(name))
-            runs[f"--engine {engine}"] = forever(layer, x, group)
+            layer = twin.get_submodule(name)
+            runs[f"--engine {engine}"] = forever(compiled(layer), x, group)
             if name != "mlp" and x.is_cuda:
-                runs[f"--engine {engine}, given codes"] = forever(layer, codes, group)
+                given = codes, layer.grid(), group
+                runs[f"--engine {engine}, given codes"] = forever(layer.product, *given)
     return runs
 
 

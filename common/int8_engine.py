@@ -48,8 +48,9 @@ class Int8Engine:
     def __init__(self, name="int8", device=CPU):
         self.name, self.on_integers, self.reasons = name, 0, Counter()
         self.after_gelu = Counter()
+        self.on_cuda = device.type == "cuda"
         self.why_not, self.linear, self.no_triton = why_not, Int8Linear, None
-        if device.type == "cuda":
+        if self.on_cuda:
             self.no_triton = int8_cuda.why_no_triton(device)
             self.why_not = partial(int8_cuda.why_not, device=device)
             self.linear = partial(int8_cuda.Int8LinearCUDA, triton=not self.no_triton)
@@ -88,7 +89,7 @@ class Int8Engine:
             return act, ""
         if self.name == "int8-folded" and not self.why_not(v, folded(act)):
             return folded(act), "folded to 8 bits, one product"
-        return act, "exact, two products"
+        return act, "exact, two products" + ", with --dtype bf16 one of values" * self.on_cuda
 
     def float_layer(self, state, reason):
         self.reasons[reason] += 1
@@ -101,8 +102,7 @@ class Int8Engine:
             block.mlp.act = Gelu()
         for block in model.blocks if self.no_triton == "" else ():
             fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-            made = all(isinstance(layer, int8_cuda.Int8LinearCUDA) for layer in (fc1, fc2))
-            if made and not isinstance(fc2.act, TokenQuantizer):  # it needs all of GELU's outputs
+            if all(map(int8_cuda.fuses, (fc1, fc2))):
                 block.mlp = int8_cuda.Int8Mlp(fc1, fc2)
         return model
 

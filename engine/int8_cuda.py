@@ -10,6 +10,8 @@ of the rest. Quantizing the inputs is left to `torch.compile`, with the LayerNor
     out = s_x n s_w + bias                                                   in float32
 After GELU (MRQ) an input's code is a = q_1 + q_2, of which one is 0: codes below zero are of R1,
 those above of R2. With n_1 of min(a, 0), n_2 of max(a, 0): out = (s_1 n_1 + s_2 n_2) s_w + bias.
+Two such products take longer than one of bf16: with `--dtype bf16` that layer multiplies values in
+bf16, as fake quantization does there.
 """
 
 from collections.abc import Sequence
@@ -41,7 +43,7 @@ def triton_linear(
     half: int,  # 2^(k-1) of the next layer's codes
     dtype: torch.dtype,
 ) -> Tensor:
-    """out (..., O), or GELU of it as int8 codes of the next layer's inputs."""
+    """out (..., O), or GELU of it as the next layer's inputs, in int8 their codes, else values."""
     from engine.triton_kernels import linear
 
     with torch.cuda.device_of(codes):
@@ -50,7 +52,6 @@ def triton_linear(
 
 @triton_linear.register_fake
 def _(codes, group, grid, row_sums, weight, then, half, dtype):
-    dtype = torch.int8 if then else dtype
     return codes.new_empty(*codes.shape[:-1], len(weight[0]), dtype=dtype)
 
 
@@ -99,9 +100,10 @@ class Int8LinearCUDA(nn.Module):
     """`QuantLinear` on codes: the same codes, the same product but for rounding in float32."""
 
     def __init__(self, v, correction, w_scale, bias, act, smooth=None, triton=False):
-        """As `int8_linear.Int8Linear`; `triton` says whose product."""
+        """As `int8_linear.Int8Linear`; `triton` says whose product, if it takes these sizes."""
         super().__init__()
-        self.act, self.triton, self.half = act, triton, 2 ** (act.bits - 1)
+        self.act, self.half = act, 2 ** (act.bits - 1)
+        self.triton = triton and not any(n % 16 for n in v.shape)
         w_sum = v.sum(dim=1, dtype=torch.int32)
         if correction is not None:
             correction = correction.int()
@@ -114,26 +116,40 @@ class Int8LinearCUDA(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value)
 
-    def forward(self, x, group=None, then=None):
-        """x (N, ..., I), or its codes in int8 already; with `then`, the layer that follows GELU,
-        the codes of that layer's inputs."""
+    def forward(self, x, group=None):
+        """x (N, ..., I) -> (N, ..., O)."""
         if isinstance(self.act, TokenQuantizer):
-            codes, grid, group = self.of_tokens(x)
-        else:
-            codes, grid = x if x.dtype == torch.int8 else self.codes(x, group), self.grid()
+            return self.product(*self.of_tokens(x))
+        return self.product(self.inputs(x, group), self.grid(), group)
+
+    def product(self, inputs, grid, group, then=None):
+        """out of inputs on this grid; with `then`, the layer that follows GELU, that layer's."""
+        if inputs.dtype != torch.int8:
+            return F.linear(inputs, self.floats(inputs.dtype), self.bias.to(inputs.dtype))
         weight = [self.weight, self.w_scale, self.bias, self.w_sum, self.correction]
-        dtype = out_dtype(x.device.type)
-        sums = [] if self.correction is None else regions(codes, grid)
+        dtype = out_dtype(inputs.device.type)
+        sums = [] if self.correction is None else regions(inputs, grid)
         sums = [a.sum(dim=-1, dtype=torch.int32) for a in sums]
         if self.triton:
+            dtype = dtype if then is None else then.input_dtype(inputs.device.type)
             following = [] if then is None else [*then.grid(), then.smooth]
             half = 0 if then is None else then.half
-            return triton_linear(codes, group, grid, sums, weight, following, half, dtype)
+            return triton_linear(inputs, group, grid, sums, weight, following, half, dtype)
         if group is not None and grid[0].ndim:
-            of_tokens = len(group) == codes[..., 0].numel()
-            shape = (*codes.shape[:-1], 1) if of_tokens else (-1, *[1] * (codes.ndim - 1))
+            of_tokens = len(group) == inputs[..., 0].numel()
+            shape = (*inputs.shape[:-1], 1) if of_tokens else (-1, *[1] * (inputs.ndim - 1))
             grid = [None if table is None else table[group].view(shape) for table in grid]
-        return torch_linear(codes, grid, sums, weight, dtype)
+        return torch_linear(inputs, grid, sums, weight, dtype)
+
+    def input_dtype(self, device_type):
+        """Of what is multiplied: int8 codes, or where that is faster bf16 values."""
+        values = isinstance(self.act, GeluQuantizer) and out_dtype(device_type) == torch.bfloat16
+        return torch.bfloat16 if values else torch.int8
+
+    def floats(self, dtype):
+        """The weight's values."""
+        shift = 0 if self.correction is None else self.correction[:, None]
+        return ((self.weight - shift) * self.w_scale[:, None]).to(dtype)
 
     def grid(self):
         """Scales of the inputs' codes, two after GELU, and their zero point."""
@@ -150,14 +166,23 @@ class Int8LinearCUDA(nn.Module):
         grid = [scale.flatten(), None, zero_point]
         return codes, grid, torch.arange(len(zero_point), device=x.device)
 
-    def codes(self, x, group):
-        """Inputs as int8 codes."""
+    def inputs(self, x, group):
+        """x as what is multiplied."""
+        dtype = self.input_dtype(x.device.type)
         x = x.float() if self.smooth is None else x.float() / self.smooth
+        if dtype != torch.int8:
+            return self.act(x, group).to(dtype)
         params = self.act.params_for(x, group)
         if isinstance(self.act, UniformQuantizer):
             return quantize(x, *params, self.act.bits).sub_(self.half).to(torch.int8)
         low, high = gelu_regions(x, *params, self.act.bits)
         return low.add_(high).to(torch.int8)
+
+
+def fuses(layer: nn.Module) -> bool:
+    """Whether a layer can be one of `Int8Mlp`'s: a token's scale needs all of GELU's outputs."""
+    on_codes = isinstance(layer, Int8LinearCUDA) and layer.triton
+    return on_codes and not isinstance(layer.act, TokenQuantizer)
 
 
 class Int8Mlp(nn.Module):
@@ -168,7 +193,9 @@ class Int8Mlp(nn.Module):
         self.fc1, self.fc2 = fc1, fc2
 
     def forward(self, x, group=None):
-        return self.fc2(self.fc1(x, group, then=self.fc2), group)
+        fc1, fc2 = self.fc1, self.fc2
+        hidden = fc1.product(fc1.inputs(x, group), fc1.grid(), group, then=fc2)
+        return fc2.product(hidden, fc2.grid(), group)
 
 
 def out_dtype(device_type):

@@ -1,21 +1,17 @@
 """The product of `int8_cuda.py` as one Triton kernel: int8 codes, sums in int32, then scales and
 bias; for fc1 also GELU and the quantization of fc2's inputs.
 
-Triton comes with torch for CUDA, nowhere else: whoever needs this module imports it in a function.
+Tiles are read and written through tensor descriptors (on Hopper by the copy engine), for which all
+sizes but the number of rows must be multiples of 16. Triton comes with torch for CUDA, nowhere
+else: whoever needs this module imports it in a function.
 """
 
-import os
-
-import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # in tests, where nothing can be timed
-TILES = [(128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (64, 128, 128, 4, 4)]
-CONFIGS = [
-    triton.Config(dict(BLOCK_R=r, BLOCK_O=o, BLOCK_I=i), num_warps=warps, num_stages=stages)
-    for r, o, i, warps, stages in ([(64, 64, 64, 4, 2)] if ON_CPU else TILES)
-]
+TILE = 128, 128, 128, 4, 3  # rows, outputs, inputs; warps, stages: the fastest on an H200
+TWO_SUMS = 64, 128, 128, 4, 4  # after GELU: twice the sums, which must stay in registers
 MAGIC = tl.constexpr(1.5 * 2.0**23)  # so large that float32 has no fraction there
 
 # ------------------------------------------------------------------------------------------------
@@ -30,9 +26,9 @@ def clip_round(x, low, high):
 
 @triton.jit
 def gelu(x):
-    """The tanh form, x / 2 (1 + tanh u) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + a x^3)."""
-    power = -1.5957691216057308 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(tl.minimum(power, 80.0)))  # below x = -7 it is 0 anyway
+    """The tanh form, x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    power = x * tl.fma(x * x, -0.10294324, -2.3022082)  # -2 log2(e) u
+    return x / (1.0 + tl.exp2(power))
 
 
 @triton.jit
@@ -53,59 +49,45 @@ def values(n, scale, zero_point, at, row_sum, rows, num_rows, w_sum, correction,
 
 
 @triton.jit
-def codes_of(x, scale, scale2, zero_point, at, half, smooth, columns, width):
-    """x as codes of the next layer's inputs, -half..half - 1."""
-    if smooth is not None:
-        x = tl.div_rn(x, vector(smooth, columns, width)[None, :])
-    level = tl.div_rn(x, tl.load(scale + at)[:, None])
+def on_grid(x, scale, scale2, zero_point, at, half, dtype: tl.constexpr):
+    """x as codes of the next layer's inputs, -half..half - 1, or in a floating `dtype`, for inputs
+    after GELU alone, as the values of these codes. Scales divide by way of their inverse."""
+    s = tl.load(scale + at)[:, None]
     if scale2 is None:
         zero = tl.load(zero_point + at).to(tl.float32)[:, None]
-        codes = clip_round(level, -half - zero, half - 1 - zero) + zero
+        x = clip_round(tl.fma(x, 1.0 / s, zero), -half, half - 1)
     else:
-        level2 = tl.div_rn(x, tl.load(scale2 + at)[:, None])
-        codes = clip_round(level, -half, 0.0) + clip_round(level2, 0.0, half - 1)
-    return codes
+        s2 = tl.load(scale2 + at)[:, None]
+        low, high = clip_round(x * (1.0 / s), -half, 0.0), clip_round(x * (1.0 / s2), 0.0, half - 1)
+        x = low + high if dtype == tl.int8 else low * s + high * s2
+    return x.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------
 # The kernel
 
 
-def fitting(configs, args, **_):
-    """Tiles whose sums stay in registers: after GELU there are two of each."""
-    return [tile for tile in configs if args["regions"] * tile.kwargs["BLOCK_O"] <= 256]
-
-
-SHAPE = ["num_inputs", "width", "regions"]  # what the best tile depends on
-
-
-@triton.autotune(CONFIGS, SHAPE, prune_configs_by=dict(early_config_prune=fitting))
 @triton.jit
 def linear_kernel(
-    out, codes, group, tokens, num_rows, num_inputs, width, regions,
+    out, codes, weight, group, tokens, num_rows, num_inputs, width,
     scale, scale2, zero_point, by_group, row_sum, row_sum2,
-    weight, w_scale, bias, w_sum, correction,
+    w_scale, bias, w_sum, correction,
     then_scale, then_scale2, then_zero_point, then_by_group, smooth, half,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """A tile of out (R, O), of codes (R, I) and weight (O, I). What a layer lacks is None."""
     tiles = tl.cdiv(width, BLOCK_O)  # neighbours share rows; the weight stays in cache
-    rows = (tl.program_id(0) // tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = (tl.program_id(0) % tiles) * BLOCK_O + tl.arange(0, BLOCK_O)
-    row, column = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
+    row, column = (tl.program_id(0) // tiles) * BLOCK_R, (tl.program_id(0) % tiles) * BLOCK_O
     n = tl.zeros((BLOCK_R, BLOCK_O), tl.int32)
     n2 = tl.zeros((BLOCK_R, BLOCK_O), tl.int32)
-    for first in range(0, num_inputs, BLOCK_I):
-        i = first + tl.arange(0, BLOCK_I)
-        inside = (row < num_rows) & (i < num_inputs)[None, :]
-        a = tl.load(codes + row * num_inputs + i[None, :], mask=inside, other=0)
-        inside = (column < width) & (i < num_inputs)[:, None]
-        v = tl.load(weight + column * num_inputs + i[:, None], mask=inside, other=0)
+    for first in range(0, num_inputs, BLOCK_I):  # beyond their ends a and v are 0
+        a, v = codes.load([row, first]), weight.load([column, first]).T
         if scale2 is None:
             n = tl.dot(a, v, n, out_dtype=tl.int32)
         else:  # MRQ: codes below zero are of R1, those above of R2
             n = tl.dot(tl.where(a < 0, a, 0).to(tl.int8), v, n, out_dtype=tl.int32)
             n2 = tl.dot(tl.where(a > 0, a, 0).to(tl.int8), v, n2, out_dtype=tl.int32)
+    rows, columns = row + tl.arange(0, BLOCK_R), column + tl.arange(0, BLOCK_O)
     at = tl.zeros((BLOCK_R,), tl.int64)
     if group is not None:
         at = tl.load(group + rows // tokens, mask=rows < num_rows, other=0)
@@ -116,10 +98,11 @@ def linear_kernel(
         x += values(n2, scale2, None, here, row_sum2, *ends)
     x = x * vector(w_scale, columns, width)[None, :] + vector(bias, columns, width)[None, :]
     if then_scale is not None:
-        then = then_scale, then_scale2, then_zero_point, there, half, smooth, columns, width
-        x = codes_of(gelu(x), *then)
-    inside = (row < num_rows) & (column < width)
-    tl.store(out + row * width + column, x.to(out.dtype.element_ty), mask=inside)
+        x = gelu(x)
+        if smooth is not None:
+            x = x * (1.0 / vector(smooth, columns, width))[None, :]
+        x = on_grid(x, then_scale, then_scale2, then_zero_point, there, half, out.dtype)
+    out.store([row, column], x.to(out.dtype))
 
 
 def linear(codes, group, grid, row_sums, weight, then, half, dtype):
@@ -127,18 +110,20 @@ def linear(codes, group, grid, row_sums, weight, then, half, dtype):
     (scale, scale2, zero_point), (v, *of_columns) = grid, weight
     then_scale, then_scale2, then_zero_point, smooth = then or [None] * 4
     row_sum, row_sum2 = [*row_sums, None, None][:2]
-    out = codes.new_empty(*codes.shape[:-1], len(v), dtype=torch.int8 if then else dtype)
+    out = codes.new_empty(*codes.shape[:-1], len(v), dtype=dtype)
     num_rows, (width, num_inputs) = codes[..., 0].numel(), v.shape
     tokens = 1 if group is None else num_rows // len(group)
+    R, O, I, warps, stages = TILE if scale2 is None else TWO_SUMS  # noqa: E741
 
-    def programs(tile):
-        return (triton.cdiv(num_rows, tile["BLOCK_R"]) * triton.cdiv(width, tile["BLOCK_O"]),)
+    def tiles_of(matrix, *sides):
+        return TensorDescriptor.from_tensor(matrix.reshape(-1, matrix.shape[-1]), list(sides))
 
-    linear_kernel[programs](
-        out, codes.contiguous(), group, tokens, num_rows, num_inputs, width,
-        1 if scale2 is None else 2, scale, scale2, zero_point, int(scale.ndim > 0), row_sum,
-        row_sum2, v, *of_columns, then_scale, then_scale2, then_zero_point,
-        int(bool(then) and then_scale.ndim > 0), smooth, half,
+    linear_kernel[triton.cdiv(num_rows, R) * triton.cdiv(width, O),](
+        tiles_of(out, R, O), tiles_of(codes.contiguous(), R, I), tiles_of(v, O, I),
+        group, tokens, num_rows, num_inputs, width,
+        scale, scale2, zero_point, int(scale.ndim > 0), row_sum, row_sum2, *of_columns,
+        then_scale, then_scale2, then_zero_point, int(bool(then) and then_scale.ndim > 0),
+        smooth, half, R, O, I, num_warps=warps, num_stages=stages,
         enable_fp_fusion=False,  # each rounding as torch does it
     )  # fmt: skip
     return out

@@ -67,13 +67,15 @@ def test_linear_search_on_integers_equals_the_cpu_s(post_gelu, tgq_inputs):
     cfg = PLUS.Settings(
         wbits=6, abits=6, metric="hessian", rounds=2, edge_bits=None, cond_bits=None,
         tgq_inputs=tgq_inputs, smoothquant=False, rounding="nearest", input_group=None,
-        dynamic_products=False, weight_group=None, hadamard=False, rank=None, rows=None, tag="plus",
+        dynamic_products=False, weight_group=None, hadamard=False, rank=None, rows=None,
+        fit_last=False, tag="plus",
     )  # fmt: skip
-    found = []
+    found, one = [], torch.tensor(1.0)
     for device in (CPU, CUDA):
         layer, data = linear_case(device)
-        of_weight = q.WeightLoss(layer.weight, q.SoftmaxQuantizer(6, torch.ones(())))
-        on_codes = fast_search.on_integers(of_weight, data) is not of_weight
+        of_weight = q.WeightLoss(layer.weight, q.GeluQuantizer(6, one, one))
+        tried = [q.UniformQuantizer(6, one, one)]
+        on_codes = fast_search.on_integers(of_weight, tried, data) is not of_weight
         assert device == CPU or on_codes
         layer = layer_of(layer, post_gelu=post_gelu)
         state = PLUS.quantize_linear(layer, data, cfg, FastSearch)["state"]
