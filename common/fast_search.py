@@ -6,7 +6,7 @@ chunk stays in cache.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -35,8 +35,8 @@ class FastSearch:
         key = isinstance(loss, WeightLoss), data.group
         expected = self.expected.get(key)
         twin = on_integers(loss, candidates, data)
-        by_onednn = getattr(twin, "product", None) is ONEDNN  # which the compiler does not take
-        self.evaluate = _compiled() if self.compile_losses and not by_onednn else _evaluate
+        compiles = getattr(twin, "product", INT_MM) is INT_MM  # others are no torch code
+        self.evaluate = _compiled() if self.compile_losses and compiles else _evaluate
         total = self.sums(candidates, data, twin, expected)
         least = total.amin(dim=0)
         self.expected[key] = least
@@ -96,15 +96,29 @@ def _not_above(total, bar):
 
 
 class Product(NamedTuple):
-    """How a unit multiplies: inputs and weight as its codes, and z less the product of both."""
+    """How a unit multiplies: inputs and weight as its codes; Eq. (16) of both and of a chunk, of
+    each output channel if `dim` is 0."""
 
     inputs: Callable
     weight: Callable
-    error: Callable
+    loss: Callable
 
 
-INT_MM = Product(int_products.input_codes, int_products.weight_codes, int_products.int_error)
-ONEDNN = Product(onednn.input_codes, onednn.weight_codes, onednn.error)
+def _of_error(error, inputs, weight, chunk, dim=None):
+    """`error` is z less the product."""
+    return hessian_loss(error(inputs, weight, chunk.out), chunk.grad, dim)
+
+
+def _by_triton(inputs, weight, chunk, dim=None):
+    column_loss = int_products.column_loss(chunk.out.device)
+    of_channels = column_loss(inputs, weight, chunk.out, chunk.grad)
+    return of_channels if dim == 0 else of_channels.sum()
+
+
+CODES = int_products.input_codes, int_products.weight_codes
+INT_MM = Product(*CODES, partial(_of_error, int_products.int_error))
+TRITON = Product(*CODES, _by_triton)
+ONEDNN = Product(onednn.input_codes, onednn.weight_codes, partial(_of_error, onednn.error))
 
 
 def on_integers(loss, candidates, data):
@@ -118,6 +132,8 @@ def on_integers(loss, candidates, data):
     W, device, rows = loss.weight, data.device, min(len(chunk.x) for chunk in data.chunks)
     if not isinstance(Q_X, UniformQuantizer | GeluQuantizer) or W.shape[1] >= MAX_INPUTS:
         return loss
+    if int_products.column_loss(device) and W.shape[1] % 16 == 0:
+        return twin(*loss, TRITON)
     if has_int_unit(device):
         return twin(*loss, INT_MM) if takes_shapes(rows, W, device) else loss
     return twin(*loss, ONEDNN) if device.type == "cpu" and onednn.pays(W, bits, Q_X) else loss
@@ -134,8 +150,7 @@ class IntWeightLoss(NamedTuple):
         return self.product.inputs(self.Q_X, chunk.x, chunk.group)
 
     def __call__(self, chunk, X_codes, Q_W):
-        delta = self.product.error(X_codes, self.product.weight(Q_W, self.weight), chunk.out)
-        loss = hessian_loss(delta, chunk.grad, dim=0)
+        loss = self.product.loss(X_codes, self.product.weight(Q_W, self.weight), chunk, dim=0)
         return loss[:, None] if Q_W.scale.ndim else loss.sum()
 
 
@@ -150,5 +165,4 @@ class IntInputLoss(NamedTuple):
         return self.product.weight(self.Q_W, self.weight)
 
     def __call__(self, chunk, W_codes, Q_X):
-        X_codes = self.product.inputs(Q_X, chunk.x, chunk.group)
-        return hessian_loss(self.product.error(X_codes, W_codes, chunk.out), chunk.grad)
+        return self.product.loss(self.product.inputs(Q_X, chunk.x, chunk.group), W_codes, chunk)

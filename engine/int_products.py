@@ -4,12 +4,14 @@ A uniform quantizer's values are s * (q - z), so a product of two such matrices 
 int8 codes, plus sums of rows and columns times the zero points, all exact in int32.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, quantize
+from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, hessian_loss, quantize
 
 MAX_INPUTS = 2**15  # I: |every sum below| <= 2^16 I must stay below 2^31
 
@@ -67,6 +69,25 @@ def int_error(terms: list[Codes], weight: Codes, z: Tensor) -> Tensor:
             product.addcmul_(a.zero_point, sum_b, value=-1)
         z = torch.addcmul(z, product, a.scale * weight.scale.view(1, -1), value=-1)
     return z
+
+
+@cache
+def column_loss(device: torch.device) -> Callable | None:
+    """`engine.triton_loss.column_loss` where Triton is at hand and right, tried on large codes."""
+    if device.type != "cuda":
+        return None
+    try:
+        from engine.triton_loss import column_loss
+
+        x, one = torch.linspace(-128, 127, 40 * 64, device=device).view(40, 64), torch.tensor(1.0)
+        terms = input_codes(GeluQuantizer(8, one, one).to(device), x, None)
+        weight = weight_codes(UniformQuantizer(8, one, 128 * one).to(device), x[:32])
+        z, grad = 1e4 * x[:, :32].contiguous(), x[:, 32:].contiguous()
+        expected = hessian_loss(int_error(terms, weight, z), grad, dim=0)
+        near = torch.allclose(column_loss(terms, weight, z, grad), expected, rtol=1e-4)
+    except Exception:  # whatever a compiler may raise: there is another way
+        return None
+    return column_loss if near else None
 
 
 def has_int_unit(device: torch.device) -> bool:

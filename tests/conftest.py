@@ -23,6 +23,7 @@ os.environ |= ENVIRONMENT  # before torch, which reads the number of threads onc
 
 import torch  # noqa: E402
 
+import quant_ops as q  # noqa: E402
 from common import cli  # noqa: E402
 from common.layer_data import LayerData, LinearChunk  # noqa: E402
 from common.phase3 import Layer  # noqa: E402
@@ -156,6 +157,27 @@ def linear_data(grad, out=None, x=None, group=None, rows=7):
     chunks = zip(*(column.split(rows) for column in (grad, out, x, group)), strict=True)
     num_groups = int(group.max()) + 1
     return LayerData([LinearChunk(*chunk) for chunk in chunks], torch.device("cpu"), num_groups)
+
+
+def search_case(bits, gelu, by_group):
+    """A layer (24, 32), candidates of weight and input, their starts, and data of three groups."""
+    torch.manual_seed(bits)
+    W, x, group = torch.randn(24, 32) / 8, 2 * torch.randn(60, 32), torch.arange(60) // 20
+    x = torch.nn.functional.gelu(x) if gelu else x
+    data = linear_data(torch.randn(60, 24), x @ W.T, x, group, rows=25)
+    ends = x.aminmax() if not by_group else x.view(3, -1).aminmax(dim=1)
+    Q_X, grids = (q.gelu_candidates if gelu else q.uniform_candidates)(*ends, bits)
+    return W, q.uniform_candidates(*W.aminmax(dim=1, keepdim=True), bits), Q_X, grids, data
+
+
+def alternate(search, case, gelu):
+    """Alg. 1 lines 17-22 twice: Delta of weight and input."""
+    W, (Q_W, weights), Q_X, grids, data = case
+    for _ in range(2):
+        Q_W = search(weights, data, q.WeightLoss(W, Q_X))
+        for around in grids if gelu else [lambda _: grids]:
+            Q_X = search(around(Q_X), data, q.InputLoss(W, Q_W))
+    return [*Q_W.buffers(), *Q_X.buffers()]
 
 
 def flat(nest):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import linear_data
+from conftest import alternate, linear_data, search_case
 
 import quant_ops as q
 from common import fast_search
@@ -94,27 +94,6 @@ def test_candidate_that_one_channel_still_needs_is_kept():
 # Losses of linear layers on integer codes
 
 
-def linear_case(bits, gelu, by_group):
-    """Candidates of weight and input, their starts, and data of a layer (24, 32), three groups."""
-    torch.manual_seed(bits)
-    W, x, group = torch.randn(24, 32) / 8, 2 * torch.randn(60, 32), torch.arange(60) // 20
-    x = torch.nn.functional.gelu(x) if gelu else x
-    data = linear_data(torch.randn(60, 24), x @ W.T, x, group, rows=25)
-    ends = x.aminmax() if not by_group else x.view(3, -1).aminmax(dim=1)
-    Q_X, grids = (q.gelu_candidates if gelu else q.uniform_candidates)(*ends, bits)
-    return W, q.uniform_candidates(*W.aminmax(dim=1, keepdim=True), bits), Q_X, grids, data
-
-
-def alternate(search, case, gelu):
-    """Alg. 1 lines 17-22 twice: Delta of weight and input."""
-    W, (Q_W, weights), Q_X, grids, data = case
-    for _ in range(2):
-        Q_W = search(weights, data, q.WeightLoss(W, Q_X))
-        for around in grids if gelu else [lambda _: grids]:
-            Q_X = search(around(Q_X), data, q.InputLoss(W, Q_W))
-    return [*Q_W.buffers(), *Q_X.buffers()]
-
-
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("bits, by_group", [(8, False), (6, True), (4, True)])
 def test_search_on_integers_chooses_what_the_plain_search_chooses(
@@ -122,7 +101,7 @@ def test_search_on_integers_chooses_what_the_plain_search_chooses(
 ):
     """The same scales of weights and inputs from int8 products as from floating point."""
     monkeypatch.setattr(fast_search, "has_int_unit", lambda device: True)
-    case = linear_case(bits, gelu, by_group)
+    case = search_case(bits, gelu, by_group)
     data, loss, tried = case[-1], q.WeightLoss(case[0], case[2]), case[1][1]
     assert isinstance(fast_search.on_integers(loss, tried, data), fast_search.IntWeightLoss)
     found, expected = (alternate(search, case, gelu) for search in (FastSearch(), q.search))
@@ -160,7 +139,7 @@ def test_search_on_onednn_chooses_what_the_plain_search_chooses(monkeypatch, bit
     """CPUs without VNNI: the same scales from products of uint8 by int8 codes."""
     monkeypatch.setattr(fast_search, "has_int_unit", lambda device: False)
     monkeypatch.setattr(onednn, "ENOUGH", 8)
-    W, (Q_W, tried), Q_X, grids, data = case = linear_case(bits, False, by_group)
+    W, (Q_W, tried), Q_X, grids, data = case = search_case(bits, False, by_group)
     for loss, candidates in ((q.WeightLoss(W, Q_X), tried), (q.InputLoss(W, Q_W), grids)):
         assert fast_search.on_integers(loss, candidates, data).product is fast_search.ONEDNN
     found, expected = (alternate(search, case, False) for search in (FastSearch(), q.search))
@@ -191,7 +170,7 @@ def test_onednn_is_taken_where_nothing_saturates_and_it_pays(
 def test_compiled_search_chooses_the_same_scales(monkeypatch, unit):
     """--compile fuses passes over memory and changes no scale."""
     monkeypatch.setattr(fast_search, "has_int_unit", lambda device: unit)
-    case = linear_case(6, gelu=True, by_group=True)
+    case = search_case(6, gelu=True, by_group=True)
     searches = FastSearch(compile_losses=True), FastSearch()
     found, expected = (alternate(search, case, gelu=True) for search in searches)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -308,42 +308,55 @@ import sys
 from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from engine import triton_kernels as k
+from engine import triton_kernels as k, triton_loss
 
-kernel, floats = k.linear_kernel, ("scale", "bias", "smooth")
-numbers = "tokens num_rows num_inputs width by_group then_by_group half".split()
+def check(kernel, capability, tile, lacks, tiled):
+    R, O, I, warps, stages = tile
+    blocks, given, types = dict(BLOCK_R=R, BLOCK_O=O, BLOCK_I=I), {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in blocks or name in lacks:
+            types[name], given[i,] = "constexpr", blocks.get(name)
+        elif name in tiled:
+            types[name] = f"tensordesc<{tiled[name]}>"
+        elif name in "tokens num_rows num_inputs width by_group then_by_group by_row half".split():
+            types[name] = "i32"
+        else:
+            floats = "scale", "bias", "smooth", "grad", "out"
+            is_float = name == "z" or any(word in name for word in floats)
+            types[name] = "*fp32" if is_float else "*i64" if name == "group" else "*i32"
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+               if types[name][0] == "*" or name in ("num_inputs", "width")}
+    source = ASTSource(kernel, types, given, aligned)
+    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    found = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+    word = "wgmma.mma_async" if capability == 90 else "mma.sync"
+    ours = [x for x in found.asm["ptx"].splitlines() if word in x and "s32.s8.s8" in x]
+    print("ok" if ours and found.asm["cubin"] else f"{capability} {lacks}: missing")
+
 last = ["then_scale", "then_scale2", "then_zero_point", "smooth"]
-lacks = {
+layers = {
     ("uniform", "bf16"): ["scale2", "row_sum2", *last],
     ("after GELU", "fp32"): ["zero_point", *last],
     ("before MRQ", "i8"): ["scale2", "row_sum2", "then_zero_point"],
     ("before MRQ", "bf16"): ["scale2", "row_sum2", "then_zero_point"],
     ("before folded MRQ", "i8"): ["scale2", "row_sum2", "then_scale2", "group", "correction"],
 }
-for capability, (lack, out) in ((c, x) for c in (80, 90) for x in lacks):
-    R, O, I, warps, stages = k.TWO_SUMS if lack == "after GELU" else k.TILE
-    blocks, given = dict(BLOCK_R=R, BLOCK_O=O, BLOCK_I=I), {}
-    types = dict(codes=f"tensordesc<i8[{R}, {I}]>", weight=f"tensordesc<i8[{O}, {I}]>")
-    types |= dict(out=f"tensordesc<{out}[{R}, {O}]>", group="*i64") | dict.fromkeys(numbers, "i32")
-    for i, name in enumerate(kernel.arg_names):
-        if name in blocks or name in lacks[lack, out]:
-            types[name], given[i,] = "constexpr", blocks.get(name)
-        elif name not in types:
-            is_float = any(word in name for word in floats)
-            types[name] = "*fp32" if is_float else "*i32"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-               if types[name][0] == "*" or name in ("num_inputs", "width")}
-    source = ASTSource(kernel, {n: types[n] for n in kernel.arg_names}, given, aligned)
-    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False)
-    found = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
-    word = "wgmma.mma_async" if capability == 90 else "mma.sync"
-    ours = [x for x in found.asm["ptx"].splitlines() if word in x and "s32.s8.s8" in x]
-    print(capability, lack, out, "ok" if ours and found.asm["cubin"] else "missing")
+losses = {"uniform": ["codes2", "scale2", "row_sum2"], "after GELU": ["zero_point"]}
+for capability in (80, 90):
+    for (kind, out), lacks in layers.items():
+        R, O, I, *_ = tile = k.TWO_SUMS if kind == "after GELU" else k.TILE
+        tiled = dict(codes=f"i8[{R}, {I}]", weight=f"i8[{O}, {I}]", out=f"{out}[{R}, {O}]")
+        check(k.linear_kernel, capability, tile, lacks, tiled)
+    for kind, lacks in losses.items():
+        R, O, I, *_ = tile = triton_loss.TWO_SUMS if kind == "after GELU" else triton_loss.TILE
+        codes = f"i8[{R}, {I}]"
+        tiled = dict(codes=codes, codes2=codes, weight=f"i8[{O}, {I}]")
+        check(triton_loss.loss_kernel, capability, tile, lacks, tiled)
 """
 
 
 @pytest.mark.slow
-def test_kernel_compiles_to_int8_tensor_core_instructions(tmp_path):
+def test_kernels_compile_to_int8_tensor_core_instructions(tmp_path):
     """Without a GPU: what the interpreter takes and the compiler does not would be seen here."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -353,4 +366,4 @@ def test_kernel_compiles_to_int8_tensor_core_instructions(tmp_path):
     command = [sys.executable, tmp_path / "script.py"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert [line.split()[-1] for line in result.stdout.splitlines()] == ["ok"] * 10
+    assert result.stdout.splitlines() == ["ok"] * 14

@@ -1,0 +1,58 @@
+"""Products of int8 codes on CUDA, with scales and bias: `int8_cuda.py` has the formula."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+
+FEWEST_ROWS = 17  # that `_int_mm` takes on CUDA
+
+
+@library.custom_op("tqdit::triton_linear", mutates_args=())
+def triton_linear(
+    codes: Tensor,  # (..., I) int8
+    group: Tensor | None,  # (N,), of the first axis
+    grid: Sequence[Tensor | None],  # of the inputs: scale, scale2, zero_point, () or (G,)
+    row_sums: Sequence[Tensor],  # of the codes, of each region its own; with a correction
+    weight: Sequence[Tensor | None],  # v (O, I); w_scale, bias, w_sum, correction, (O,)
+    then: Sequence[Tensor | None],  # the next layer's grid and `smooth`, or nothing
+    half: int,  # 2^(k-1) of the next layer's codes
+    dtype: torch.dtype,
+) -> Tensor:
+    """out (..., O), or GELU of it as the next layer's inputs, in int8 their codes, else values."""
+    from engine.triton_kernels import linear
+
+    with torch.cuda.device_of(codes):
+        return linear(codes, group, grid, row_sums, weight, then, half, dtype)
+
+
+@triton_linear.register_fake
+def _(codes, group, grid, row_sums, weight, then, half, dtype):
+    return codes.new_empty(*codes.shape[:-1], len(weight[0]), dtype=dtype)
+
+
+def int_mm(codes: Tensor, v: Tensor) -> Tensor:
+    """Sums (..., O) in int32, of codes (..., I) and v (O, I)."""
+    rows = codes.flatten(0, -2)
+    padded = F.pad(rows, (0, 0, 0, max(0, FEWEST_ROWS - len(rows))))
+    return torch._int_mm(padded, v.T)[: len(rows)].view(*codes.shape[:-1], len(v))
+
+
+def torch_linear(codes, grid, row_sums, weight, dtype):
+    """The same without `then`, the grid given as that of every row, shaped to go with the codes."""
+    (*scales, zero_point), (v, w_scale, bias, w_sum, correction) = grid, weight
+    out = 0
+    for i, (term, scale) in enumerate(zip(regions(codes, grid), scales, strict=False)):
+        n = int_mm(term, v)
+        if correction is not None:
+            n = n - row_sums[i][..., None] * correction
+        if zero_point is not None:
+            n = n - zero_point * w_sum
+        out = out + n.float() * scale
+    return (out * w_scale + bias).to(dtype)
+
+
+def regions(codes, grid):
+    """The codes as a sum: of R1's and R2's after GELU, else of one term."""
+    return [codes] if grid[1] is None else [codes.clamp(max=0), codes.clamp(min=0)]
