@@ -156,14 +156,28 @@ def why_no_triton(device: torch.device) -> str:
         return "Triton is missing"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (8, 9):
         return "Triton's product of codes is for GPUs of compute capability 8 and 9"
-    v, one = torch.full((32, 64), 127, dtype=torch.int8), torch.ones(())
-    uniform, gelu = UniformQuantizer(8, one, 0 * one), GeluQuantizer(8, one, one)
-    x, bias = torch.full((40, 64), 127.0, device=device), torch.zeros(32)
     try:
-        for act in uniform, gelu:
-            layer = Int8LinearCUDA(v, None, one, bias, act, triton=True).to(device)
-            if bool((layer(x) != 64 * 127 * 127).any()):
-                return "Triton's product is wrong here"
+        return "" if _exact(device) else "Triton's product is wrong here"
     except Exception as error:  # whatever a compiler may raise: there is another way
         return f"Triton failed, {type(error).__name__}"
-    return ""
+
+
+def _exact(device):
+    """Whether each form of Triton's kernel multiplies the largest codes, alone and in an MLP."""
+    one, x = torch.ones(()), torch.full((40, 64), 127.0, device=device)
+    uniform, gelu = UniformQuantizer(8, one, 0 * one), GeluQuantizer(8, one, one)
+
+    def layer(inputs, act):
+        v = torch.full((32, inputs), 127, dtype=torch.int8)
+        return Int8LinearCUDA(v, None, one, torch.zeros(32), act, triton=True).to(device)
+
+    for act, highest in (uniform, 255), (gelu, 127):
+        if bool((layer(64, act)(x) != 64 * 127 * 127).any()):
+            return False
+        mlp = Int8Mlp(layer(64, uniform), layer(32, act))  # GELU's outputs are clipped
+        for half in False, True:
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                found = mlp(x).float() / (32 * 127 * highest)
+            if bool(((found - 1).abs() > 2**-7).any()):
+                return False
+    return True
