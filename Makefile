@@ -27,12 +27,12 @@ tables compare: $(DEV)  ## on the demo DiT the paper's tables; all methods; QUIC
 	$(PY) benchmarks/$@.py $(if $(QUICK),--quick)
 figures: $(DEV)  ## pictures of that sweep, into docs/; QUICK=1 as for tables
 	$(PY) benchmarks/figures.py --run runs/tables/$(if $(QUICK),quick/T100_seed0,full/T250_seed0)
-bench-gpu: $(DEV)  ## every figure that needs a GPU, into benchmarks/results_gpu.md
+bench-gpu: $(DEV)  ## every figure that needs a GPU, quick ones first, into benchmarks/results_gpu.md
 	$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no GPU')"
 	mkdir -p runs && $(PY) -c "import torch; print('#', torch.cuda.get_device_name())" > benchmarks/results_gpu.md
-	for f in --no-layers "--no-layers --compile" "--depth 1"; do $(PY) $(XL) $$f || exit; done >> benchmarks/results_gpu.md
-	for f in "sampling.py --models demo xl" "sampling.py --models xl --dtype bf16 --engines float int8 int8-folded" "engine_layers.py --dtype bf16"; do $(PY) benchmarks/$$f || exit; done >> benchmarks/results_gpu.md
 	$(PY) -m pytest -q -m gpu >> benchmarks/results_gpu.md
+	for f in "engine_layers.py --dtype bf16" "sampling.py --models xl --blocks 7 --batch-size 64 --dtype bf16 --engines float int8 int8-folded" "sampling.py --models demo xl"; do $(PY) benchmarks/$$f || exit; done >> benchmarks/results_gpu.md
+	for f in "--depth 1" --no-layers "--no-layers --compile"; do $(PY) $(XL) $$f || exit; done >> benchmarks/results_gpu.md
 .venv/done .venv/dev: .venv/%: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -r requirements$(if $(filter dev,$*),-dev).txt && touch $@
 clean:  ## the virtual environment and the demo's run

@@ -99,9 +99,12 @@ class Int8LinearCUDA(nn.Module):
             return [self.act.scale, None, self.zero_point]
         return [self.act.scale1, self.act.scale2, None]
 
+    def smoothed(self, x):
+        return x.float() if self.smooth is None else x.float() / self.smooth
+
     def of_tokens(self, x):
         """Inputs as int8 codes, the grid of each token, and of each token which grid is its own."""
-        x = x.float() if self.smooth is None else x.float() / self.smooth
+        x = self.smoothed(x)
         scale, zero_point = self.act.params_for(x)
         codes = quantize(x, scale, zero_point, self.act.bits).sub_(self.half).to(torch.int8)
         zero_point = (zero_point - self.half).int().flatten()
@@ -110,8 +113,7 @@ class Int8LinearCUDA(nn.Module):
 
     def inputs(self, x, group):
         """x as what is multiplied."""
-        dtype = self.input_dtype(x.device.type)
-        x = x.float() if self.smooth is None else x.float() / self.smooth
+        x, dtype = self.smoothed(x), self.input_dtype(x.device.type)
         if dtype != torch.int8:
             return self.act(x, group).to(dtype)
         params = self.act.params_for(x, group)

@@ -26,6 +26,7 @@ are they in its code.
 
 import sys
 from argparse import BooleanOptionalAction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ from models_dit import Diffusion  # noqa: E402
 LOT = 32  # trajectories at a time
 
 
-OWN = dict(edge_bits=int | None, trajectories=int, seed=int, variance=bool)
+OWN = dict(edge_bits=int | None, trajectories=int, seed=int, variance=bool, correction=bool)
 # what decides the result: Q-Diffusion's settings, and its own
 Settings = NamedTuple("Settings", (qdiffusion.Settings.__annotations__ | OWN).items())
 
@@ -58,6 +59,7 @@ def parse_args():
     many = "sampled to measure the noise on, in full precision"
     p.paper.add_argument("--trajectories", type=whole_number, default=1024, help=many)
     p.paper.add_argument("--variance", action=flag, default=True, help="VSC, else only k and bias")
+    p.paper.add_argument("--correction", action=flag, default=True, help="any of these three")
     p.ours.add_argument("--seed", type=whole_number, default=0, help="of these trajectories")
     return p.parse_args()
 
@@ -116,7 +118,7 @@ def main(args):
         return
     for unit in phase3.units():
         phase3.save(unit, qdiffusion.quantize_unit(phase3, unit, cfg, cfg.edge_bits))
-    phase3.finish(edit=lambda file: add_noise(file, phase3, cfg))
+    phase3.finish(edit=partial(add_noise, phase3=phase3, cfg=cfg) if cfg.correction else None)
 
 
 if __name__ == "__main__":

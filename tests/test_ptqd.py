@@ -251,6 +251,13 @@ def test_no_variance_leaves_std_at_zero(ptqd_run, tiny_run, tmp_path):
     assert not noise["std"].any() and torch.equal(noise["bias"], expected["bias"])
 
 
+def test_no_correction_leaves_the_network_alone(ptqd_run, tiny_run, tmp_path):
+    """--no-correction: the same layers, no table, and no trajectory sampled for one."""
+    file, printed = quantized(tiny_run, tmp_path, "--no-correction")
+    assert "noise" not in file and "after guidance" not in printed
+    assert same_leaves(file["layers"], ptqd_run[1]["layers"])
+
+
 def test_noise_of_another_shape_is_refused(ptqd_run, tmp_path):
     """A table for other steps than the file's is damage, told in one line; 03's layouts have no
     place for any."""
