@@ -155,7 +155,7 @@ def why_no_triton(device: torch.device) -> str:
     try:
         import engine.triton_kernels  # noqa: F401
     except ImportError:
-        return "Triton is missing"
+        return "Triton is missing, or too old"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (8, 9):
         return "Triton's product of codes is for GPUs of compute capability 8 and 9"
     try:
