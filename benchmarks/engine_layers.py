@@ -2,8 +2,8 @@
 bare product of codes, and by the engines of 04, the quantization of their inputs counted or not.
 
 As in sampling.py the contenders take turns, and a ratio is the median over rounds. Weights and
-inputs are random. Everything is compiled, but for the bare product, which is left out where
-the machine has no unit for it.
+inputs are random. Everything is compiled, but for products of given codes, which are left out where
+the machine has no unit for them.
 
     python benchmarks/engine_layers.py --dtype bf16
     python benchmarks/engine_layers.py --rows 1024 --bits 6/6

@@ -73,21 +73,29 @@ def int_error(terms: list[Codes], weight: Codes, z: Tensor) -> Tensor:
 
 @cache
 def column_loss(device: torch.device) -> Callable | None:
-    """`engine.triton_loss.column_loss` where Triton is at hand and right, tried on large codes."""
+    """`engine.triton_loss.column_loss` where Triton is at hand and right; else None."""
     if device.type != "cuda":
         return None
     try:
         from engine.triton_loss import column_loss
 
-        x, one = torch.linspace(-128, 127, 40 * 64, device=device).view(40, 64), torch.tensor(1.0)
-        terms = input_codes(GeluQuantizer(8, one, one).to(device), x, None)
-        weight = weight_codes(UniformQuantizer(8, one, 128 * one).to(device), x[:32])
-        z, grad = 1e4 * x[:, :32].contiguous(), x[:, 32:].contiguous()
-        expected = hessian_loss(int_error(terms, weight, z), grad, dim=0)
-        near = torch.allclose(column_loss(terms, weight, z, grad), expected, rtol=1e-4)
+        return column_loss if is_right(column_loss, device) else None
     except Exception:  # whatever a compiler may raise: there is another way
         return None
-    return column_loss if near else None
+
+
+def is_right(column_loss: Callable, device: torch.device) -> bool:
+    """Whether it gives Eq. (16) of `int_error`, for inputs of one term and of two, large codes."""
+    x, one = torch.linspace(-128, 127, 40 * 64, device=device).view(40, 64), torch.tensor(1.0)
+    uniform, gelu = UniformQuantizer(8, one, 128 * one), GeluQuantizer(8, one, one)
+    weight = weight_codes(uniform.to(device), x[:32])
+    z, grad = 1e4 * x[:, :32].contiguous(), x[:, 32:].contiguous()
+    for Q_X in uniform, gelu.to(device):
+        terms = input_codes(Q_X, x, None)
+        expected = hessian_loss(int_error(terms, weight, z), grad, dim=0)
+        if not torch.allclose(column_loss(terms, weight, z, grad), expected, rtol=1e-4):
+            return False
+    return True
 
 
 def has_int_unit(device: torch.device) -> bool:

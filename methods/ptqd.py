@@ -59,7 +59,8 @@ def parse_args():
     many = "sampled to measure the noise on, in full precision"
     p.paper.add_argument("--trajectories", type=whole_number, default=1024, help=many)
     p.paper.add_argument("--variance", action=flag, default=True, help="VSC, else only k and bias")
-    p.paper.add_argument("--correction", action=flag, default=True, help="any of these three")
+    alone = "k, bias and VSC; without, the network alone"
+    p.paper.add_argument("--correction", action=flag, default=True, help=alone)
     p.ours.add_argument("--seed", type=whole_number, default=0, help="of these trajectories")
     return p.parse_args()
 

@@ -78,13 +78,21 @@ def test_search_by_triton_chooses_what_the_plain_search_chooses(monkeypatch, gel
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_kernel_that_fails_or_errs_is_not_taken(monkeypatch):
-    """The self-test: `_int_mm` and passes over its result are taken instead."""
-    ask = p.column_loss.__wrapped__
-    assert ask(torch.device("cpu")) is None
-    if DEVICE.type == "cuda":
-        assert ask(DEVICE) is triton_loss.column_loss
-        monkeypatch.setattr(triton_loss, "column_loss", lambda *args: torch.zeros(32).cuda())
-        assert ask(DEVICE) is None
-        monkeypatch.setattr(triton_loss, "column_loss", lambda *args: 1 / 0)
-        assert ask(DEVICE) is None
+def test_self_test_tries_both_forms():
+    """Inputs of one term and of two; a result that is wrong for either is found out."""
+
+    def wrong_for(count):
+        def column_loss(terms, *rest):
+            return triton_loss.column_loss(terms, *rest) * (1.01 if len(terms) == count else 1)
+
+        return column_loss
+
+    assert p.is_right(triton_loss.column_loss, DEVICE)
+    assert not p.is_right(wrong_for(1), DEVICE) and not p.is_right(wrong_for(2), DEVICE)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernel_that_fails_is_not_taken(monkeypatch, device):
+    """`_int_mm` and passes over its result are taken instead; on a CPU they always are."""
+    monkeypatch.setattr(triton_loss, "column_loss", lambda *args: 1 / 0)
+    assert p.column_loss.__wrapped__(torch.device(device)) is None
