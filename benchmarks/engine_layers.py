@@ -49,7 +49,8 @@ def contenders(name, block, twins, args):
     dtype = x.dtype
 
     def compiled(module):
-        return torch.compile(module) if args.compile else module
+        mode = "reduce-overhead" if x.is_cuda else None  # as 04 does
+        return torch.compile(module, mode=mode) if args.compile else module
 
     layer = copy.deepcopy(block.get_submodule(name)).to(dtype)
     runs = {args.dtype: forever(compiled(layer), x, group)}

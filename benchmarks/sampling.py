@@ -132,7 +132,7 @@ def ours(model, y, compiled=False):
     """Endless sampling steps of `trajectory`."""
     model, diffusion = copy.copy(model), Diffusion(STEPS, y.device)
     if compiled:
-        model.compile()
+        model.compile(mode="reduce-overhead" if y.is_cuda else None)  # as 04 does
     while True:
         generators = image_generators(0, range(len(y)))
         yield from trajectory(model, diffusion, y, generators, GUIDANCE)

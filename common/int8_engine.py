@@ -12,7 +12,7 @@ import torch
 from common import quant_file
 from common.packing import unpack_codes
 from common.quantizers import DynamicQuantizer
-from engine import int8_cuda
+from engine import int8_blocks, int8_cuda
 from engine.int8_linear import Gelu, Int8Linear, PackedLinear, folded, signed_weight, why_not
 from engine.token_quantizer import TokenQuantizer
 from quant_ops import GeluQuantizer
@@ -47,11 +47,11 @@ class Int8Engine:
 
     def __init__(self, name="int8", device=CPU):
         self.name, self.on_integers, self.reasons = name, 0, Counter()
-        self.after_gelu = Counter()
+        self.after_gelu, self.attentions = Counter(), 0
         self.on_cuda = device.type == "cuda"
         self.why_not, self.linear, self.no_triton = why_not, Int8Linear, None
         if self.on_cuda:
-            self.no_triton = int8_cuda.why_no_triton(device)
+            self.no_triton = int8_blocks.why_no_triton(device)
             self.why_not = partial(int8_cuda.why_not, device=device)
             self.linear = partial(int8_cuda.Int8LinearCUDA, triton=not self.no_triton)
 
@@ -97,13 +97,12 @@ class Int8Engine:
 
     def fuse(self, model):
         """The model; on a CPU its GELU is one that compiles well, with Triton GELU and quantization
-        become the end of fc1."""
+        become the end of fc1, LayerNorm and quantization one kernel, attention another."""
         for block in model.blocks if self.no_triton is None else ():
             block.mlp.act = Gelu()
-        for block in model.blocks if self.no_triton == "" else ():
-            fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-            if all(map(int8_cuda.fuses, (fc1, fc2))):
-                block.mlp = int8_cuda.Int8Mlp(fc1, fc2)
+        if self.no_triton == "":
+            self.attentions = int8_blocks.fuse(model)
+            self.reasons["products of activations"] -= 2 * self.attentions
         return model
 
     def describe(self):
@@ -114,5 +113,7 @@ class Int8Engine:
             line += f" by torch._int_mm ({self.no_triton})" if self.no_triton else " by Triton"
         for how, count in self.after_gelu.items():
             line += f"; {count} of them after GELU (MRQ {how})"
-        others = ", ".join(f"{count} ({reason})" for reason, count in self.reasons.items())
+        line += f"; {self.attentions} attentions in one kernel each" * (self.attentions > 0)
+        reasons = [(reason, count) for reason, count in self.reasons.items() if count]
+        others = ", ".join(f"{count} ({reason})" for reason, count in reasons)
         return line + (f"; in floating point {others}" if others else "")

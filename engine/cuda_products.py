@@ -16,20 +16,75 @@ def triton_linear(
     grid: Sequence[Tensor | None],  # of the inputs: scale, scale2, zero_point, () or (G,)
     row_sums: Sequence[Tensor],  # of the codes, of each region its own; with a correction
     weight: Sequence[Tensor | None],  # v (O, I); w_scale, bias, w_sum, correction, (O,)
+    onto: Sequence[Tensor],  # 1 / scale, lowest and highest of out in its steps, (O,), or nothing
     then: Sequence[Tensor | None],  # the next layer's grid and `smooth`, or nothing
     half: int,  # 2^(k-1) of the next layer's codes
     dtype: torch.dtype,
 ) -> Tensor:
-    """out (..., O), or GELU of it as the next layer's inputs, in int8 their codes, else values."""
+    """out (..., O); or what it is quantized to, in steps; or GELU of it as the next layer's inputs,
+    in int8 their codes, else values."""
     from engine.triton_kernels import linear
 
     with torch.cuda.device_of(codes):
-        return linear(codes, group, grid, row_sums, weight, then, half, dtype)
+        return linear(codes, group, grid, row_sums, weight, onto, then, half, dtype)
 
 
 @triton_linear.register_fake
-def _(codes, group, grid, row_sums, weight, then, half, dtype):
+def _(codes, group, grid, row_sums, weight, onto, then, half, dtype):
     return codes.new_empty(*codes.shape[:-1], len(weight[0]), dtype=dtype)
+
+
+@library.custom_op("tqdit::norm_codes", mutates_args=())
+def norm_codes(
+    x: Tensor,  # (N, S, D)
+    h: Tensor | None,  # (N, S, D), what is added to x,
+    gate: Tensor | None,  # (N, D), times this
+    shift: Tensor,  # (N, D), as scale: adaLN's
+    scale: Tensor,
+    group: Tensor | None,  # (N,)
+    grid: Sequence[Tensor],  # of the next layer's inputs: scale, zero_point, () or (G,)
+    smooth: Tensor | None,  # (D,), what they are divided by
+    half: int,  # 2^(k-1) of their codes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + gate h, if there is an h; of its LayerNorm, modulated, the codes (N, S, D) in int8; and
+    their sums (N, S) in int32."""
+    from engine.triton_norm import norm_codes as kernel
+
+    with torch.cuda.device_of(x):
+        return kernel(x, h, gate, shift, scale, group, grid, smooth, half)
+
+
+@norm_codes.register_fake
+def _(x, h, gate, shift, scale, group, grid, smooth, half):
+    codes, sums = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1])
+    summed = x.new_empty(0 if h is None else x.shape, dtype=torch.float32)
+    return summed, codes, sums.to(torch.int32)
+
+
+@library.custom_op("tqdit::attention", mutates_args=())
+def attention(
+    qkv: Tensor,  # (N, S, 3 D), whole numbers: steps of q, k and v
+    group: Tensor | None,  # (N,)
+    heads: int,
+    scales: Sequence[Tensor],  # the steps of q, k and v, ()
+    softmax: Tensor,  # s_1 of MRQ, () or (G,): powers of two
+    levels: float,  # 2^(k-1) of softmax
+    then: Sequence[Tensor | None],  # proj's grid, its scale and zero point, and `smooth`
+    half: int,  # 2^(k-1) of proj's codes
+    with_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """The codes (N, S, D) of proj's inputs in int8, and their sums (N, S) in int32, if wanted."""
+    from engine.triton_attention import attention as kernel
+
+    with torch.cuda.device_of(qkv):
+        return kernel(qkv, group, heads, scales, softmax, levels, then, half, with_sums)
+
+
+@attention.register_fake
+def _(qkv, group, heads, scales, softmax, levels, then, half, with_sums):
+    N, S, D = qkv.shape
+    sums = qkv.new_empty(N, S, dtype=torch.int32)
+    return qkv.new_empty(N, S, D // 3, dtype=torch.int8), sums
 
 
 def int_mm(codes: Tensor, v: Tensor) -> Tensor:

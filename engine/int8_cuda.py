@@ -14,14 +14,12 @@ Two such products take longer than one of bf16: with `--dtype bf16` that layer m
 bf16, as fake quantization does there.
 """
 
-from functools import cache
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.cuda_products import regions, torch_linear, triton_linear
+from engine.cuda_products import norm_codes, regions, torch_linear, triton_linear
 from engine.int_products import MAX_INPUTS, has_int_unit
 from engine.token_quantizer import TokenQuantizer
 from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, quantize
@@ -64,24 +62,39 @@ class Int8LinearCUDA(nn.Module):
             return self.product(*self.of_tokens(x))
         return self.product(self.inputs(x, group), self.grid(), group)
 
-    def product(self, inputs, grid, group, then=None):
-        """out of inputs on this grid; with `then`, the layer that follows GELU, that layer's."""
+    def product(self, inputs, grid, group, sums=None):
+        """out of inputs on this grid. `sums` are those of the codes of each row, if known."""
         if inputs.dtype != torch.int8:
             return F.linear(inputs, self.floats(inputs.dtype), self.bias.to(inputs.dtype))
-        weight = [self.weight, self.w_scale, self.bias, self.w_sum, self.correction]
-        dtype = out_dtype(inputs.device.type)
-        sums = [] if self.correction is None else regions(inputs, grid)
-        sums = [a.sum(dim=-1, dtype=torch.int32) for a in sums]
+        sums, dtype = self.row_sums(inputs, grid, sums), out_dtype(inputs.device.type)
         if self.triton:
-            dtype = dtype if then is None else then.input_dtype(inputs.device.type)
-            following = [] if then is None else [*then.grid(), then.smooth]
-            half = 0 if then is None else then.half
-            return triton_linear(inputs, group, grid, sums, weight, following, half, dtype)
+            return triton_linear(inputs, group, grid, sums, self.of_weight(), [], [], 0, dtype)
         if group is not None and grid[0].ndim:
             of_tokens = len(group) == inputs[..., 0].numel()
             shape = (*inputs.shape[:-1], 1) if of_tokens else (-1, *[1] * (inputs.ndim - 1))
             grid = [None if table is None else table[group].view(shape) for table in grid]
-        return torch_linear(inputs, grid, sums, weight, dtype)
+        return torch_linear(inputs, grid, sums, self.of_weight(), dtype)
+
+    def of_weight(self):
+        return [self.weight, self.w_scale, self.bias, self.w_sum, self.correction]
+
+    def row_sums(self, codes, grid, known=None):
+        """What the product needs: sums of the codes of each row, one for each region."""
+        if self.correction is None:
+            return []
+        return known or [a.sum(dim=-1, dtype=torch.int32) for a in regions(codes, grid)]
+
+    def before_gelu(self, codes, group, fc2, sums=None):
+        """Of a uniform grid's codes what fc2 multiplies: GELU's output, quantized."""
+        sums, then = self.row_sums(codes, self.grid(), sums), [*fc2.grid(), fc2.smooth]
+        dtype, weight = fc2.input_dtype(codes.device.type), self.of_weight()
+        return triton_linear(codes, group, self.grid(), sums, weight, [], then, fc2.half, dtype)
+
+    def in_steps(self, codes, group, onto, sums=None):
+        """Of a uniform grid's codes what out is quantized to, in whole steps."""
+        dtype = torch.bfloat16 if codes.is_cuda else torch.float32
+        sums, weight = self.row_sums(codes, self.grid(), sums), self.of_weight()
+        return triton_linear(codes, group, self.grid(), sums, weight, onto, [], 0, dtype)
 
     def input_dtype(self, device_type):
         """Of what is multiplied: int8 codes, or where that is faster bf16 values."""
@@ -98,6 +111,11 @@ class Int8LinearCUDA(nn.Module):
         if isinstance(self.act, UniformQuantizer):
             return [self.act.scale, None, self.zero_point]
         return [self.act.scale1, self.act.scale2, None]
+
+    def of_norm(self, x, h, gate, shift, scale, group):
+        """`norm_codes` for this layer, whose quantizer is uniform."""
+        grid = [self.act.scale, self.zero_point]
+        return norm_codes(x, h, gate, shift, scale, group, grid, self.smooth, self.half)
 
     def smoothed(self, x):
         return x.float() if self.smooth is None else x.float() / self.smooth
@@ -123,63 +141,8 @@ class Int8LinearCUDA(nn.Module):
         return low.add_(high).to(torch.int8)
 
 
-def fuses(layer: nn.Module) -> bool:
-    """Whether a layer can be one of `Int8Mlp`'s: a token's scale needs all of GELU's outputs."""
-    on_codes = isinstance(layer, Int8LinearCUDA) and layer.triton
-    return on_codes and not isinstance(layer.act, TokenQuantizer)
-
-
-class Int8Mlp(nn.Module):
-    """`models_dit.Mlp` with GELU, and the quantization of fc2's inputs, at the end of fc1."""
-
-    def __init__(self, fc1, fc2):
-        super().__init__()
-        self.fc1, self.fc2 = fc1, fc2
-
-    def forward(self, x, group=None):
-        fc1, fc2 = self.fc1, self.fc2
-        hidden = fc1.product(fc1.inputs(x, group), fc1.grid(), group, then=fc2)
-        return fc2.product(hidden, fc2.grid(), group)
-
-
 def out_dtype(device_type):
     """What a product yields: autocast's type, or float32."""
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return torch.float32
-
-
-@cache
-def why_no_triton(device: torch.device) -> str:
-    """Why Triton's kernel is not taken there; "" if it is: tried on the largest codes."""
-    try:
-        import engine.triton_kernels  # noqa: F401
-    except ImportError:
-        return "Triton is missing, or too old"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (8, 9):
-        return "Triton's product of codes is for GPUs of compute capability 8 and 9"
-    try:
-        return "" if _exact(device) else "Triton's product is wrong here"
-    except Exception as error:  # whatever a compiler may raise: there is another way
-        return f"Triton failed, {type(error).__name__}"
-
-
-def _exact(device):
-    """Whether each form of Triton's kernel multiplies the largest codes, alone and in an MLP."""
-    one, x = torch.ones(()), torch.full((40, 64), 127.0, device=device)
-    uniform, gelu = UniformQuantizer(8, one, 0 * one), GeluQuantizer(8, one, one)
-
-    def layer(inputs, act):
-        v = torch.full((32, inputs), 127, dtype=torch.int8)
-        return Int8LinearCUDA(v, None, one, torch.zeros(32), act, triton=True).to(device)
-
-    for act, highest in (uniform, 255), (gelu, 127):
-        if bool((layer(64, act)(x) != 64 * 127 * 127).any()):
-            return False
-        mlp = Int8Mlp(layer(64, uniform), layer(32, act))  # GELU's outputs are clipped
-        for half in False, True:
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                found = mlp(x).float() / (32 * 127 * highest)
-            if bool(((found - 1).abs() > 2**-7).any()):
-                return False
-    return True

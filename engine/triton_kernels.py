@@ -1,5 +1,5 @@
 """The product of `int8_cuda.py` as one Triton kernel: int8 codes, sums in int32, then scales and
-bias; for fc1 also GELU and the quantization of fc2's inputs.
+bias; for qkv also the quantization of q, k and v, for fc1 GELU and that of fc2's inputs.
 
 Tiles are read and written through tensor descriptors (on Hopper by the copy engine), for which all
 sizes but the number of rows must be multiples of 16. Triton comes with torch for CUDA, nowhere
@@ -19,16 +19,25 @@ MAGIC = tl.constexpr(1.5 * 2.0**23)  # so large that float32 has no fraction the
 
 
 @triton.jit
-def clip_round(x, low, high):
-    """torch.round (half to even) of x clipped to low..high, whole numbers."""
-    return (tl.minimum(tl.maximum(x, low), high) + MAGIC) - MAGIC
+def clip_round(x, half):
+    """torch.round (half to even) of x clipped to codes, -half..half - 1; and plus MAGIC, which has
+    the code in its lowest byte."""
+    moved = tl.minimum(tl.maximum(x, -half), half - 1) + MAGIC
+    return moved - MAGIC, moved
+
+
+@triton.jit
+def low_byte(moved):
+    return moved.to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
 def gelu(x):
-    """The tanh form, x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """The tanh form, x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3). A root's inverse
+    is one instruction, a division eight."""
     power = x * tl.fma(x * x, -0.10294324, -2.3022082)  # -2 log2(e) u
-    return x / (1.0 + tl.exp2(power))
+    inverse = tl.rsqrt(1.0 + tl.exp2(power))
+    return (x * inverse) * inverse
 
 
 @triton.jit
@@ -55,12 +64,12 @@ def on_grid(x, scale, scale2, zero_point, at, half, dtype: tl.constexpr):
     s = tl.load(scale + at)[:, None]
     if scale2 is None:
         zero = tl.load(zero_point + at).to(tl.float32)[:, None]
-        x = clip_round(tl.fma(x, 1.0 / s, zero), -half, half - 1)
+        rounded, moved = clip_round(tl.fma(x, 1.0 / s, zero), half)
     else:
         s2 = tl.load(scale2 + at)[:, None]
-        low, high = clip_round(x * (1.0 / s), -half, 0.0), clip_round(x * (1.0 / s2), 0.0, half - 1)
-        x = low + high if dtype == tl.int8 else low * s + high * s2
-    return x.to(dtype)
+        rounded, moved = clip_round(x * tl.where(x < 0, 1.0 / s, 1.0 / s2), half)
+        rounded *= tl.where(x < 0, s, s2)
+    return low_byte(moved) if dtype == tl.int8 else rounded.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -71,11 +80,12 @@ def on_grid(x, scale, scale2, zero_point, at, half, dtype: tl.constexpr):
 def linear_kernel(
     out, codes, weight, group, tokens, num_rows, num_inputs, width,
     scale, scale2, zero_point, by_group, row_sum, row_sum2,
-    w_scale, bias, w_sum, correction,
+    w_scale, bias, w_sum, correction, inverse, lowest, highest,
     then_scale, then_scale2, then_zero_point, then_by_group, smooth, half,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out (R, O), of codes (R, I) and weight (O, I). What a layer lacks is None."""
+    """A tile of out (R, O), of codes (R, I) and weight (O, I). What a layer lacks is None. With
+    `inverse` out is rounded to steps, `lowest` to `highest` of them; with `then` comes GELU."""
     tiles = tl.cdiv(width, BLOCK_O)  # neighbours share rows; the weight stays in cache
     row, column = (tl.program_id(0) // tiles) * BLOCK_R, (tl.program_id(0) % tiles) * BLOCK_O
     n = tl.zeros((BLOCK_R, BLOCK_O), tl.int32)
@@ -96,17 +106,29 @@ def linear_kernel(
     x = values(n, scale, zero_point, here, row_sum, *ends)
     if scale2 is not None:
         x += values(n2, scale2, None, here, row_sum2, *ends)
-    x = x * vector(w_scale, columns, width)[None, :] + vector(bias, columns, width)[None, :]
-    if then_scale is not None:
-        x = gelu(x)
+    by, to = vector(w_scale, columns, width)[None, :], vector(bias, columns, width)[None, :]
+    if inverse is not None:
+        x = tl.fma(x, by, to) * vector(inverse, columns, width)[None, :]
+        low, high = vector(lowest, columns, width), vector(highest, columns, width)
+        x = (tl.minimum(tl.maximum(x, low[None, :]), high[None, :]) + MAGIC) - MAGIC
+    elif then_scale is None:
+        x = x * by + to
+    else:
+        x = gelu(tl.fma(x, by, to))
         if smooth is not None:
             x = x * (1.0 / vector(smooth, columns, width))[None, :]
         x = on_grid(x, then_scale, then_scale2, then_zero_point, there, half, out.dtype)
     out.store([row, column], x.to(out.dtype))
 
 
-def linear(codes, group, grid, row_sums, weight, then, half, dtype):
-    """`int8_cuda.triton_linear`: its arguments, taken apart."""
+def split(width):
+    """A row as two parts whose sizes are powers of two, the second 16 at least, or 0."""
+    head = 1 << (width.bit_length() - 1)
+    return head, max(16, triton.next_power_of_2(width - head)) if width > head else 0
+
+
+def linear(codes, group, grid, row_sums, weight, onto, then, half, dtype):
+    """`cuda_products.triton_linear`: its arguments, taken apart."""
     (scale, scale2, zero_point), (v, *of_columns) = grid, weight
     then_scale, then_scale2, then_zero_point, smooth = then or [None] * 4
     row_sum, row_sum2 = [*row_sums, None, None][:2]
@@ -122,6 +144,7 @@ def linear(codes, group, grid, row_sums, weight, then, half, dtype):
         tiles_of(out, R, O), tiles_of(codes.contiguous(), R, I), tiles_of(v, O, I),
         group, tokens, num_rows, num_inputs, width,
         scale, scale2, zero_point, int(scale.ndim > 0), row_sum, row_sum2, *of_columns,
+        *(onto or [None] * 3),
         then_scale, then_scale2, then_zero_point, int(bool(then) and then_scale.ndim > 0),
         smooth, half, R, O, I, num_warps=warps, num_stages=stages,
         enable_fp_fusion=False,  # each rounding as torch does it

@@ -249,3 +249,11 @@ def tiny_run(tmp_path_factory, tiny_ckpt):
         assert log.returncode == 0, f"{name}: {log.stderr}"
         (run.parent / f"{name}.log").write_text(log.stdout)
     return run
+
+
+@pytest.fixture(params=[True, False], ids=["triton", "int_mm"])
+def triton(request):
+    """Whose product it is."""
+    if request.param:
+        pytest.importorskip("triton")
+    return request.param

@@ -5,20 +5,16 @@ CPU; `pytest -m gpu` runs both on the GPU.
 """
 
 import os
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quant_ops as q
-from common import int8_engine, quant_file
 from common.quantizers import DynamicQuantizer
 from engine import int8_cuda as e
+from engine.int8_blocks import fuses
 from engine.int8_linear import folded, signed_weight
 from engine.token_quantizer import TokenQuantizer
 
@@ -33,14 +29,6 @@ GROUPS = {
     "one table": (torch.tensor(1.0), torch.tensor([2, 0, 1, 1, 2, 0])),
     "mixed": (torch.tensor([1.0, 1.5, 0.7]), torch.tensor([2, 0, 1, 1, 2, 0])),
 }
-
-
-@pytest.fixture(params=[True, False], ids=["triton", "int_mm"])
-def triton(request):
-    """Whose product it is."""
-    if request.param:
-        pytest.importorskip("triton")
-    return request.param
 
 
 def quantizer(kind, bits, factor):
@@ -114,19 +102,6 @@ def test_a_scale_for_each_token_is_the_definition_bit_for_bit(bits, triton):
     assert ((found - ideal).abs() / ideal.abs().amax(dim=-1, keepdim=True)).max() < 1e-6
 
 
-@pytest.mark.parametrize("of_fc1, of_fc2", [
-    ("uniform", "gelu"), ("uniform", "token"), ("token", "gelu"), ("token", "token"),
-])  # fmt: skip
-def test_fc1_ends_with_fc2_s_inputs_unless_each_token_finds_its_scale(of_fc1, of_fc2):
-    """That needs all outputs of GELU at once, of which the kernel has a tile."""
-    engine, one = int8_engine.Int8Engine(), torch.tensor(1.0)
-    engine.no_triton = ""
-    fc1, fc2 = (layer_of((4, 8), kind, one, True)[0] for kind in (of_fc1, of_fc2))
-    model = SimpleNamespace(blocks=[SimpleNamespace(mlp=SimpleNamespace(fc1=fc1, fc2=fc2))])
-    fused = isinstance(engine.fuse(model).blocks[0].mlp, e.Int8Mlp)
-    assert fused == ("token" not in (of_fc1, of_fc2))
-
-
 @pytest.mark.parametrize("inputs, outputs", [(72, 144), (80, 136)])
 def test_sizes_that_triton_s_tiles_do_not_take(inputs, outputs):
     """16 must divide both; other layers are multiplied by `_int_mm`."""
@@ -134,7 +109,7 @@ def test_sizes_that_triton_s_tiles_do_not_take(inputs, outputs):
     layer, _ = layer_of((6, 6), "uniform", one, True, outputs, inputs)
     with RowsOfIntMM() as rows:
         found = layer(x).cpu()
-    assert rows.found == [40] and not e.fuses(layer)
+    assert rows.found == [40] and not fuses(layer)
     assert torch.equal(found, definition(layer.cpu(), x.cpu(), None))
 
 
@@ -173,29 +148,6 @@ def test_most_inputs_are_exact(triton):
     assert (found == torch.tensor(-255.0 * 255 * inputs)).all()
 
 
-@pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("kind", ["gelu", "folded"])
-def test_gelu_and_codes_at_the_end_of_fc1(kind, groups):
-    """The codes of fc2's inputs, but for ties that GELU's last bits decide, and its output."""
-    pytest.importorskip("triton")
-    factor, group = GROUPS[groups]
-    group = None if group is None else group.to(DEVICE)
-    fc1, _ = layer_of((8, 8), "uniform", torch.tensor(1.0), True)
-    smooth = torch.rand(OUTPUTS) + 1
-    fc2, _ = layer_of((6, 6), kind, factor, True, INPUTS, OUTPUTS, smooth)
-    x = torch.randn(ROWS, TOKENS, INPUTS, device=DEVICE)
-    hidden = F.gelu(fc1(x, group) / 8, approximate="tanh")
-    fc1.w_scale /= 8
-    fc1.bias /= 8
-    found = fc1.product(fc1.inputs(x, group), fc1.grid(), group, then=fc2)
-    expected = fc2.inputs(hidden, group)
-    assert found.dtype == torch.int8 and expected.unique().numel() > 30
-    differ = (found.int() - expected.int()).abs()
-    assert differ.max() <= 1 and (differ > 0).float().mean() < 1e-3
-    out = e.Int8Mlp(fc1, fc2)(x, group)
-    assert torch.equal(out, fc2.product(found, fc2.grid(), group))
-
-
 def test_output_is_of_autocast_s_type(triton):
     """04 --dtype bf16: the float32 result, rounded once."""
     layer, _ = layer_of((6, 6), "uniform", torch.tensor(1.0), triton)
@@ -220,7 +172,7 @@ def test_mrq_s_two_products_become_one_of_bf16(bits, groups, triton):
     values = fc2.act(hidden, group)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         found, fake = fc2(hidden, group), q.QuantLinear(weight, fc2.bias, fc2.act)(hidden, group)
-        at_once = fc1.product(fc1.inputs(x, group), fc1.grid(), group, then=fc2) if triton else None
+        at_once = fc1.before_gelu(fc1.inputs(x, group), group, fc2) if triton else None
     assert found.dtype == fake.dtype == torch.bfloat16
     torch.testing.assert_close(found, fake, rtol=2**-7, atol=2**-7 * fake.abs().max().item())
     if triton:
@@ -229,53 +181,13 @@ def test_mrq_s_two_products_become_one_of_bf16(bits, groups, triton):
         assert other_code.float().mean() < 1e-3
 
 
-# ------------------------------------------------------------------------------------------------
-# Models
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """gpu(triton): from here on CUDA is what DEVICE is, with Triton or without."""
-    monkeypatch.setattr(e, "has_int_unit", lambda device: True)
-
-    def has(triton):
-        reason = "" if triton else "Triton is missing"
-        monkeypatch.setattr(e, "why_no_triton", lambda device: reason)
-
-    return has
-
-
-@pytest.mark.parametrize("engine", ["int8", "int8-folded"])
-@torch.no_grad()
-def test_model_of_a_quant_file_runs_on_integers(tiny_run, gpu, triton, engine, capsys):
-    """The tiny W6A6 model, time groups mixed in a batch: close to fake quantization, compiled or
-    not; one line says what runs on what."""
-    gpu(triton)
-    artifact = quant_file.load_quant(tiny_run / "quant_w6a6.pt")
-    floats = quant_file.build_quantized(artifact, "test").to(DEVICE)
-    integers = int8_engine.build(artifact, "test", engine, torch.device("cuda")).to(DEVICE)
-    line = capsys.readouterr().out
-    assert line.count("\n") == 1 and f"engine {engine}: 9 layers on integer codes" in line
-    assert ("by Triton" if triton else "torch._int_mm (Triton is missing)") in line
-    assert ("2 of them after GELU (MRQ folded" in line) == (engine == "int8-folded")
-    assert all(isinstance(block.mlp, e.Int8Mlp) == triton for block in integers.blocks)
-    torch.manual_seed(0)
-    x, y = torch.randn(4, 3, 8, 8).to(DEVICE), torch.arange(4, device=DEVICE)
-    t = torch.tensor([999, 999, 0, 400], device=DEVICE)
-    expected, found = floats(x, t, y), integers(x, t, y)
-    assert (found - expected).norm() < 0.05 * expected.norm()  # codes at ties may differ
-    if engine == "int8":
-        compiled = torch.compile(integers, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x, t, y), found)
-
-
 @pytest.mark.parametrize("shape, reason", [
     ((16, 24), ""), ((15, 24), "8 does not divide"), ((16, 23), "8 does not divide"),
     ((16, e.MAX_INPUTS), "too many inputs"),
 ])  # fmt: skip
-def test_what_int_mm_refuses_stays_in_floating_point(gpu, shape, reason):
+def test_what_int_mm_refuses_stays_in_floating_point(monkeypatch, shape, reason):
     """Sizes of a layer, whoever multiplies."""
-    gpu(False)
+    monkeypatch.setattr(e, "has_int_unit", lambda device: True)
     act, v = quantizer("uniform", 8, torch.tensor(1.0)), torch.zeros(shape, dtype=torch.int8)
     why = e.why_not(v, act, torch.device("cuda"))
     assert reason in why and bool(why) == bool(reason)
@@ -286,84 +198,3 @@ def test_gpu_without_a_product_of_codes(monkeypatch):
     monkeypatch.setattr(e, "has_int_unit", lambda device: False)
     act, v = quantizer("uniform", 8, torch.tensor(1.0)), torch.zeros(16, 24, dtype=torch.int8)
     assert "this GPU" in e.why_not(v, act, torch.device("cuda"))
-
-
-def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
-    """The self-test: what it raises, or a wrong sum, is the reason that is printed."""
-    kernels = pytest.importorskip("engine.triton_kernels", exc_type=ImportError)
-    ask = e.why_no_triton.__wrapped__
-    assert ask(DEVICE) == ""
-    plain = kernels.linear
-    monkeypatch.setattr(kernels, "linear", lambda *args: plain(*args) + 1)
-    assert "wrong" in ask(DEVICE)
-    monkeypatch.setattr(kernels, "linear", lambda *args: 1 / 0)
-    assert "ZeroDivisionError" in ask(DEVICE)
-
-
-# ------------------------------------------------------------------------------------------------
-# The compiler
-
-COMPILE = """
-import sys
-from triton import compile as compile_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from engine import triton_kernels as k, triton_loss
-
-def check(kernel, capability, tile, lacks, tiled):
-    R, O, I, warps, stages = tile
-    blocks, given, types = dict(BLOCK_R=R, BLOCK_O=O, BLOCK_I=I), {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in blocks or name in lacks:
-            types[name], given[i,] = "constexpr", blocks.get(name)
-        elif name in tiled:
-            types[name] = f"tensordesc<{tiled[name]}>"
-        elif name in "tokens num_rows num_inputs width by_group then_by_group by_row half".split():
-            types[name] = "i32"
-        else:
-            floats = "scale", "bias", "smooth", "grad", "out"
-            is_float = name == "z" or any(word in name for word in floats)
-            types[name] = "*fp32" if is_float else "*i64" if name == "group" else "*i32"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-               if types[name][0] == "*" or name in ("num_inputs", "width")}
-    source = ASTSource(kernel, types, given, aligned)
-    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False)
-    found = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
-    word = "wgmma.mma_async" if capability == 90 else "mma.sync"
-    ours = [x for x in found.asm["ptx"].splitlines() if word in x and "s32.s8.s8" in x]
-    print("ok" if ours and found.asm["cubin"] else f"{capability} {lacks}: missing")
-
-last = ["then_scale", "then_scale2", "then_zero_point", "smooth"]
-layers = {
-    ("uniform", "bf16"): ["scale2", "row_sum2", *last],
-    ("after GELU", "fp32"): ["zero_point", *last],
-    ("before MRQ", "i8"): ["scale2", "row_sum2", "then_zero_point"],
-    ("before MRQ", "bf16"): ["scale2", "row_sum2", "then_zero_point"],
-    ("before folded MRQ", "i8"): ["scale2", "row_sum2", "then_scale2", "group", "correction"],
-}
-losses = {"uniform": ["codes2", "scale2", "row_sum2"], "after GELU": ["zero_point"]}
-for capability in (80, 90):
-    for (kind, out), lacks in layers.items():
-        R, O, I, *_ = tile = k.TWO_SUMS if kind == "after GELU" else k.TILE
-        tiled = dict(codes=f"i8[{R}, {I}]", weight=f"i8[{O}, {I}]", out=f"{out}[{R}, {O}]")
-        check(k.linear_kernel, capability, tile, lacks, tiled)
-    for kind, lacks in losses.items():
-        R, O, I, *_ = tile = triton_loss.TWO_SUMS if kind == "after GELU" else triton_loss.TILE
-        codes = f"i8[{R}, {I}]"
-        tiled = dict(codes=codes, codes2=codes, weight=f"i8[{O}, {I}]")
-        check(triton_loss.loss_kernel, capability, tile, lacks, tiled)
-"""
-
-
-@pytest.mark.slow
-def test_kernels_compile_to_int8_tensor_core_instructions(tmp_path):
-    """Without a GPU: what the interpreter takes and the compiler does not would be seen here."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= dict(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
-    environment |= dict(TRITON_CACHE_DIR=str(tmp_path / "cache"))
-    (tmp_path / "script.py").write_text(COMPILE)
-    command = [sys.executable, tmp_path / "script.py"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["ok"] * 14

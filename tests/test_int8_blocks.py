@@ -1,0 +1,203 @@
+"""engine/int8_blocks.py, triton_norm.py, triton_attention.py: what one kernel does is what parts
+of a block do one after the other; models that are made of such blocks; the self-test.
+
+Without a GPU the kernels run in Triton's interpreter, if Triton is installed.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_int8_cuda import DEVICE, GROUPS, INPUTS, OUTPUTS, ROWS, TOKENS, layer_of
+
+import quant_ops as q
+from common import int8_engine, quant_file
+from common.quantizers import DynamicQuantizer
+from engine import int8_blocks as b
+from engine import int8_cuda as e
+from models_dit import Attention
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(triton): from here on CUDA is what DEVICE is, with Triton or without."""
+    monkeypatch.setattr(e, "has_int_unit", lambda device: True)
+
+    def has(triton):
+        reason = "" if triton else "Triton is missing"
+        monkeypatch.setattr(b, "why_no_triton", lambda device: reason)
+
+    return has
+
+
+def group_of(groups):
+    """A factor of scales, and time groups (N,) on the device, of `GROUPS`."""
+    factor, group = GROUPS[groups]
+    return factor, None if group is None else group.to(DEVICE)
+
+
+def same_codes(found, expected):
+    """Codes that are equal but for ties."""
+    differ = (found.int() - expected.int()).abs()
+    assert found.dtype == torch.int8 and expected.unique().numel() > 30
+    assert differ.max() <= 1 and (differ > 0).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("of_fc1, of_fc2", [
+    ("uniform", "gelu"), ("uniform", "token"), ("token", "gelu"), ("token", "token"),
+])  # fmt: skip
+def test_fc1_ends_with_fc2_s_inputs_unless_each_token_finds_its_scale(of_fc1, of_fc2):
+    """That needs all outputs of GELU at once, of which the kernel has a tile."""
+    engine, one = int8_engine.Int8Engine(), torch.tensor(1.0)
+    engine.no_triton = ""
+    fc1, fc2 = (layer_of((4, 8), kind, one, True)[0] for kind in (of_fc1, of_fc2))
+    attn = Attention(32, 2)  # not quantized, so left alone
+    block = SimpleNamespace(mlp=SimpleNamespace(fc1=fc1, fc2=fc2), attn=attn)
+    engine.fuse(SimpleNamespace(blocks=[block]))
+    assert isinstance(block.mlp, b.Int8Mlp) == ("token" not in (of_fc1, of_fc2))
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("kind", ["gelu", "folded"])
+def test_gelu_and_codes_at_the_end_of_fc1(kind, groups):
+    """The codes of fc2's inputs, but for ties that GELU's last bits decide, and its output."""
+    pytest.importorskip("triton")
+    factor, group = group_of(groups)
+    fc1, _ = layer_of((8, 8), "uniform", torch.tensor(1.0), True)
+    smooth = torch.rand(OUTPUTS) + 1
+    fc2, _ = layer_of((6, 6), kind, factor, True, INPUTS, OUTPUTS, smooth)
+    x = torch.randn(ROWS, TOKENS, INPUTS, device=DEVICE)
+    hidden = F.gelu(fc1(x, group) / 8, approximate="tanh")
+    fc1.w_scale /= 8
+    fc1.bias /= 8
+    found = fc1.before_gelu(fc1.inputs(x, group), group, fc2)
+    expected = fc2.inputs(hidden, group)
+    same_codes(found, expected)
+    out = b.Int8Mlp(fc1, fc2)(x, group)
+    assert torch.equal(out, fc2.product(found, fc2.grid(), group))
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("width", [64, 80, 112])  # one part, two, two of which one is not full
+def test_norm_modulation_and_codes_in_one_kernel(groups, added, width):
+    """The codes of qkv's and fc1's inputs but for ties, their sums, and what goes on as x."""
+    pytest.importorskip("triton")
+    factor, group = group_of(groups)
+    layer, _ = layer_of((8, 8), "uniform", factor, True, OUTPUTS, width, torch.rand(width) + 1)
+    x, h = 5 * torch.randn(2, ROWS, width, TOKENS, device=DEVICE).transpose(-1, -2) + 2
+    gate, shift, scale = torch.randn(ROWS, 3 * width, device=DEVICE).chunk(3, dim=1)
+    h, of_gate = (h, gate) if added else (None, None)
+    expected = x + gate[:, None] * h if added else x
+    summed, found, sums = layer.of_norm(x, h, of_gate, shift, scale, group)
+    if added:
+        torch.testing.assert_close(summed, expected)
+    normed = F.layer_norm(expected, [width], eps=1e-6)
+    codes = layer.inputs(normed * (1 + scale[:, None]) + shift[:, None], group)
+    same_codes(found, codes)
+    assert torch.equal(sums.long(), found.sum(dim=-1))
+
+
+def attention_of(heads, width, factor, bits=(8, 8, 8), scale1=2.0**-10):
+    """An attention of a quant file: `bits` of inputs, of softmax, of the layers' inputs."""
+    D = heads * width
+    attn = Attention(D, heads)
+    attn.fused = False
+    attn.qkv = layer_of((8, bits[2]), "uniform", factor, True, 3 * D, D, torch.rand(D) + 1)[0]
+    attn.proj = layer_of((8, bits[2]), "uniform", factor / 2, True, D, D, torch.rand(D) + 1)[0]
+    attn.qkv.w_scale /= D**0.5
+    attn.qkv.bias, attn.proj.bias = torch.randn(3 * D), torch.randn(D)
+    spread = torch.tensor(2.5)
+    of_q = q.uniform_candidates(-spread * width**-0.5, 2 * spread * width**-0.5, bits[0])[0]
+    of_k, of_v = (q.uniform_candidates(-a * spread, spread, bits[0])[0] for a in (1.2, 0.8))
+    softmax = q.SoftmaxQuantizer(bits[1], torch.tensor(scale1) * factor.ceil())
+    attn.qk, attn.av = q.QuantMatMul(of_q, of_k), q.QuantMatMul(softmax, of_v)
+    return attn.to(DEVICE)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(
+    "tokens, heads, width, bits, scale1",
+    [
+        (64, 2, 24, (8, 8, 8), 2.0**-10),
+        (20, 1, 16, (6, 6, 6), 2.0**-9),
+        (70, 2, 72, (5, 8, 6), 2.0**-18),
+    ],
+)
+@torch.no_grad()
+def test_attention_in_one_kernel(tokens, heads, width, bits, scale1, groups):
+    """Both products, softmax with MRQ, proj's codes: the same outputs but for ties. Sizes are a
+    whole number of tiles or not, R1 reaches R2 or not."""
+    pytest.importorskip("triton")
+    factor, group = group_of(groups)
+    attn = attention_of(heads, width, factor, bits, scale1)
+    assert b.Int8Attention.takes(attn)
+    x = torch.randn(ROWS, tokens, heads * width, device=DEVICE)
+    seen, plain = [], attn.proj.forward
+    attn.proj.forward = lambda x, group: seen.append(attn.proj.inputs(x, group)) or plain(x, group)
+    expected = attn(x, group)
+    one = b.Int8Attention(attn).to(DEVICE)
+    found = one(x, group)
+    assert ((found - expected).norm() < 2e-3 * expected.norm()).all()
+    codes = one.proj_codes(one.qkv.inputs(x, group), None, group)[0]
+    same_codes(codes, seen[0])
+
+
+@pytest.mark.parametrize("change", [
+    lambda attn: setattr(attn.av.a, "scale1", torch.tensor(3.0)),
+    lambda attn: setattr(attn.qk, "a", q.FullPrecision()),
+    lambda attn: setattr(attn.av, "a", DynamicQuantizer(8, "token")),
+    lambda attn: setattr(attn.qk.b, "scale", torch.ones(3)),
+    lambda attn: setattr(attn.proj, "triton", False),
+    lambda attn: setattr(attn.qkv, "act", q.GeluQuantizer(8, *torch.ones(2))),
+])  # fmt: skip
+def test_attention_that_the_kernel_does_not_know(change):
+    """Steps that are no powers of two, other quantizers, time groups of q, k, v: left alone."""
+    attn = attention_of(2, 24, torch.tensor(1.0))
+    change(attn)
+    assert not b.Int8Attention.takes(attn)
+
+
+@pytest.mark.parametrize("engine", ["int8", "int8-folded"])
+@torch.no_grad()
+def test_model_of_a_quant_file_runs_on_integers(tiny_run, gpu, triton, engine, capsys):
+    """The tiny W6A6 model, time groups mixed in a batch: close to fake quantization, compiled or
+    not; one line says what runs on what."""
+    gpu(triton)
+    artifact = quant_file.load_quant(tiny_run / "quant_w6a6.pt")
+    floats = quant_file.build_quantized(artifact, "test").to(DEVICE)
+    integers = int8_engine.build(artifact, "test", engine, torch.device("cuda")).to(DEVICE)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and f"engine {engine}: 9 layers on integer codes" in line
+    assert ("by Triton" if triton else "torch._int_mm (Triton is missing)") in line
+    assert ("2 of them after GELU (MRQ folded" in line) == (engine == "int8-folded")
+    assert ("2 attentions in one kernel each" in line) == triton
+    assert isinstance(integers.blocks[0], b.Int8Blocks) == triton
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 8, 8).to(DEVICE), torch.arange(4, device=DEVICE)
+    t = torch.tensor([999, 999, 0, 400], device=DEVICE)
+    expected, found = floats(x, t, y), integers(x, t, y)
+    assert (found - expected).norm() < 0.05 * expected.norm()  # codes at ties may differ
+    if engine == "int8":
+        compiled = torch.compile(integers, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, t, y), found)
+
+
+def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
+    """The self-test: what it raises, or a wrong sum, is the reason that is printed."""
+    kernels = pytest.importorskip("engine.triton_kernels", exc_type=ImportError)
+    ask = b.why_no_triton.__wrapped__
+    assert ask(DEVICE) == ""
+    for name in "norm_codes", "attention":  # each returns codes, among others
+        with monkeypatch.context() as patch:
+            plain = getattr(b, name)
+            patch.setattr(b, name, lambda *args, f=plain: [part + 1 for part in f(*args)])
+            assert "wrong" in ask(DEVICE)
+    plain = kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda *args: plain(*args) + 1)
+    assert "wrong" in ask(DEVICE)
+    monkeypatch.setattr(kernels, "linear", lambda *args: 1 / 0)
+    assert "ZeroDivisionError" in ask(DEVICE)
