@@ -23,6 +23,7 @@ from compare_page import INTRODUCTION, draw, picture_name, render
 from contenders import (
     LAYERS, MAIN, METHODS, WIDTHS, Comparison, Model, full_precision, measure, own_model,
 )  # fmt: skip
+from jobs import add_sampling_flags
 from layer_error import save
 from page import write_results, write_section
 from scores import Scores
@@ -43,7 +44,7 @@ def parse_args():
     p.add_argument("--rows", type=whole_number, help="calibration rows of a search; default: all")
     scale = "of the papers' numbers of iterations (PTQD: trajectories too), for larger networks"
     p.add_argument("--iterations", type=float, help=scale)
-    p.add_argument("--compile", action="store_true", help="sample with 04's --compile")
+    add_sampling_flags(p)
     choices = [*METHODS, *WIDTHS, *LAYERS]
     only = (
         "these methods, widths, tables; default: all. released: the same layers; own: each its own"
@@ -61,7 +62,7 @@ def parse_args():
         defaults["name"] = "compare_quick"
     p.set_defaults(**defaults)
     args = p.parse_args()
-    at_least_one(args, "num_images", "num_images_main", "steps", "rows")
+    at_least_one(args, "num_images", "num_images_main", "steps", "rows", "batch_size", "jobs")
     if not 0 < args.iterations <= 1:
         raise InputError(f"--iterations {args.iterations}: above 0, 1 at most")
     return args

@@ -7,9 +7,7 @@ import torch
 
 from contenders import MAIN, METHODS, WIDTHS, Model, own_model, record
 from layer_error import INK, canvas
-from page import command_line, number, ranged, table
-from processes import hardware
-from scores import pick_device
+from page import command_line, machines, number, ranged, table
 
 INTRODUCTION = "# Every method on the same footing\n\n"
 EXPLANATION = """T = {steps}, {rows} of 320 calibration rows, seed 0, guidance 2. {machine}.
@@ -171,7 +169,7 @@ def explanation(comparison, found):
     return EXPLANATION.format(
         steps=args.steps,
         rows=args.rows or 320,
-        machine=f"{hardware(pick_device())}; torch {torch.__version__}",
+        machine=machines(comparison.run / "samples_fp.npz"),
         command=command_line(),
         kind="wall" if torch.cuda.is_available() else "processor",
         start=max(of_forward["cpu_seconds"] / unit - 4, 0),  # it makes four passes

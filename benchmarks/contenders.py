@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from jobs import Jobs, one_core, perform
+from jobs import Jobs, one_core, perform, sampling_flags
 from measurements import common_columns
 from more_images import check_samples, load
 from processes import ROOT
@@ -93,8 +93,8 @@ class Comparison(Jobs):
     """One run of the demo, from whose calib.pt every method starts."""
 
     def __init__(self, args):
-        super().__init__()
-        self.args, self.run, self.failed = args, args.runs / args.name, []
+        super().__init__(args)
+        self.run, self.failed = args.runs / args.name, []
         self.calibrate(self.run, args.steps)
         self.add(1, self.run, "forward", ["benchmarks/forward_pass.py"], 4 * 320)
 
@@ -125,7 +125,7 @@ class Comparison(Jobs):
 
     def sample(self, name, flags, count):
         command = ["benchmarks/more_images.py", *flags, "--num-images", count]
-        command += ["--compile"] * self.args.compile
+        command += sampling_flags(self.args)
         self.add(3, self.run, f"04 {name} {count}", command, 2.6 * count * self.args.steps)
 
     def perform(self, job):

@@ -15,11 +15,11 @@ from processes import ROOT, timed
 
 from common.artifacts import atomic_write
 from common.checkpoints import load_dit
-from common.cli import InputError
+from common.cli import InputError, whole_number
 
 
 DEMO = "--ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --cfg-scale 2".split()
-COMPILE = "--compile", "--batch-size", "100"  # N in hundreds: another size is compiled anew
+COMPILED_BATCH = 100  # N in hundreds: another size is compiled anew
 
 
 class Job(NamedTuple):
@@ -37,12 +37,26 @@ class Job(NamedTuple):
         return self.path("json").exists()
 
 
+def add_sampling_flags(p):
+    """How 04 samples, and how many jobs share a GPU."""
+    p.add_argument("--compile", action="store_true", help="sample with 04's --compile")
+    batch = f"of 04, on a GPU best hundreds; default: 04's own, with --compile {COMPILED_BATCH}"
+    p.add_argument("--batch-size", type=whole_number, help=batch)
+    p.add_argument("--jobs", type=whole_number, default=1, help="at a time, where a GPU does them")
+
+
+def sampling_flags(args):
+    """Those of 04 that `args` of `add_sampling_flags` ask for."""
+    batch = args.batch_size or COMPILED_BATCH * args.compile
+    return ["--compile"] * args.compile + (["--batch-size", batch] if batch else [])
+
+
 class Jobs:
     """Jobs in four stages: Phases 1, 2 and 3, and samples. Those of one stage do not depend on each
     other."""
 
-    def __init__(self):
-        self.stages = [[] for _ in range(4)]
+    def __init__(self, args):
+        self.args, self.stages = args, [[] for _ in range(4)]
 
     def add(self, stage, run, name, command, cost):
         job = Job(run, name, [*map(str, command), "--run", str(run)], cost)
@@ -62,7 +76,7 @@ class Jobs:
     def go(self, desc):
         """Every job that is not done yet; on a CPU each core works on one of its own."""
         cuda = torch.cuda.is_available()
-        cores = [None] if cuda else usable_cores()
+        cores = [None] * self.args.jobs if cuda else usable_cores()
         todo = [[job for job in stage if not job.is_done()] for stage in self.stages]
         total = sum(job.cost for stage in todo for job in stage)
         minutes = total * seconds_per_row(cuda) / len(cores) / 60

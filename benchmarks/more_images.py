@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs import COMPILE
+from jobs import sampling_flags
 from random_run import run_phase
 
 from common.artifacts import sha256_of
@@ -32,10 +32,11 @@ def parse_args():
     p.add_argument("--num-images", type=whole_number, required=True, help="N, of the whole file")
     p.add_argument("--fp", action="store_true", help="the full-precision model")
     p.add_argument("--compile", action="store_true", help="04 --compile")
+    p.add_argument("--batch-size", type=whole_number, help="of 04")
     for flag in ("--wbits", "--abits", "--tag"):
         p.add_argument(flag, help="the model, as for 04")
     args = p.parse_args()
-    at_least_one(args, "num_images")
+    at_least_one(args, "num_images", "batch_size")
     return args
 
 
@@ -59,7 +60,7 @@ def sample(args, source, first):
     model = ["--fp"] if args.fp else ["--wbits", args.wbits, "--abits", args.abits]
     model += ["--tag", args.tag] if args.tag else []
     count = ["--first", first, "--num-images", args.num_images - first]
-    run_phase("04_sample", "--run", folder.resolve(), *model, *count, *args.compile * COMPILE)
+    run_phase("04_sample", "--run", folder.resolve(), *model, *count, *sampling_flags(args))
     return folder
 
 

@@ -206,7 +206,7 @@ def render(sweep, scores, tables, found):
     titles = dict(layers="`--layers released` against `all`")
     titles["plus"] = "methods/tqdit_plus.py, one thing added at a time"
     size = f"N = {args.num_images}, {args.rows or 320} of 320 calibration rows, R = {args.rounds}"
-    machine = f"{hardware(pick_device())}; torch {torch.__version__}"
+    machine = machines(sweep.run(args.ablation_steps) / "samples_fp.npz")
     text = [f'## Sweep "{args.name}"\n', f"{size}. {machine}.\n", f"    {command_line()}\n"]
     if "models" in tables:
         text += models_section(sweep, scores, tables["models"], found)
@@ -222,6 +222,16 @@ def render(sweep, scores, tables, found):
         values["gradient_shares"] = gradient_shares(sweep.run(args.ablation_steps))
         text += gradient_section(values["gradient_shares"])
     return "\n".join([*text, *phase_section(sweep)]), values
+
+
+def machines(samples):
+    """This machine, and the GPU that these images were sampled on elsewhere."""
+    text = f"{hardware(pick_device())}; torch {torch.__version__}"
+    with np.load(samples) as file:
+        meta = json.loads(str(file["meta"]))
+    if meta["device"] == "cpu" or torch.cuda.is_available():
+        return text
+    return f"{text}. Images were sampled on an {meta['device']}, torch {meta['torch']}"
 
 
 def command_line():

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jobs import COMPILE, Jobs
+from jobs import Jobs, sampling_flags
 
 TQDIT, PLUS = "03_quantize.py", "methods/tqdit_plus.py"
 RUNGS = {  # Table III, in its order; "full" is the paper's method, without a tag
@@ -83,8 +83,8 @@ class Sweep(Jobs):
     """The jobs of a sweep of tables.py."""
 
     def __init__(self, args):
-        super().__init__()
-        self.args, self.folder = args, args.runs / args.name
+        super().__init__(args)
+        self.folder = args.runs / args.name
 
     def run(self, steps, seed=0, tag=""):
         """The run's folder; gradients of another eps need one of their own."""
@@ -112,6 +112,6 @@ class Sweep(Jobs):
         self.sample(self.run_of(row), row.name, row.steps, name)
 
     def sample(self, run, name, steps, flags):
-        images = ["--num-images", self.args.num_images, *self.args.compile * COMPILE]
+        images = ["--num-images", self.args.num_images, *sampling_flags(self.args)]
         cost = 2.6 * self.args.num_images * steps
         self.add(3, run, f"04 {name}", ["04_sample.py", *flags, *images], cost)

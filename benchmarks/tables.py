@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from jobs import add_sampling_flags
 from sweep import LADDER, PAIRS, RUNGS, Row, Sweep
 from measurements import full_precision_row, measure
 from page import render, write_results, write_section
@@ -47,7 +48,7 @@ def parse_args():
     p.add_argument("--ablation-steps", type=whole_number, help="T of all other tables")
     widths = ["8/8", "6/6", "4/8", "4/4"]
     p.add_argument("--bits", nargs="+", choices=widths, default=widths, help="of Tables I to III")
-    p.add_argument("--compile", action="store_true", help="sample with 04's --compile")
+    add_sampling_flags(p)
     contents = "; ".join(f"{name}: {what}" for name, what in TABLES.items())
     p.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help=contents)
     p.add_argument("--name", help="what every row calls this sweep")
@@ -58,7 +59,7 @@ def parse_args():
         defaults = dict(num_images=20, rows=40, rounds=1, ablation_steps=100, name="quick")
     p.set_defaults(**defaults)
     args = p.parse_args()
-    at_least_one(args, "num_images", "rows", "rounds", "ablation_steps")
+    at_least_one(args, "num_images", "rows", "rounds", "ablation_steps", "batch_size", "jobs")
     return args
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -247,7 +248,7 @@ def test_a_comparison_that_compiles_tells_04_so(sample, monkeypatch):
     with pytest.raises(InputError, match="far enough"):
         more_images.main(more_images.parse_args())
     assert parsed(monkeypatch, ["04_sample.py", *map(str, seen)]).compile
-    assert seen[-2:] == ["--batch-size", "100"]
+    assert seen[-2:] == ["--batch-size", 100]
 
 
 def test_images_of_another_quant_file_are_refused(sample):
@@ -261,6 +262,22 @@ def test_images_of_another_quant_file_are_refused(sample):
     meta = dict(settings=dict(first=3), inputs={})
     with pytest.raises(InputError, match="later images"):
         more_images.check_samples(sample.run / "samples_fp.npz", meta, sample.run / "calib.pt")
+
+
+def test_jobs_share_a_gpu_and_large_batches_reach_04(monkeypatch, tmp_path):
+    """--jobs at a time where a GPU does the work; --batch-size on the way to 04."""
+    flags = ["--jobs", 3, "--batch-size", 400, "--runs", tmp_path]
+    comparison = contenders.Comparison(options(monkeypatch, *flags))
+    comparison.sample("fp", ["--fp"], 800)
+    command = comparison.stages[3][0].command
+    assert command[command.index("--batch-size") + 1] == "400"
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(jobs, "seconds_per_row", lambda cuda: 1)
+    monkeypatch.setattr(jobs, "workers", lambda cores: asked.append(cores) or ThreadPoolExecutor())
+    comparison.stages = [[] for _ in comparison.stages]
+    comparison.go("test")
+    assert asked == 4 * [[None, None, None]]
 
 
 def test_images_sampled_otherwise_are_not_joined(sample, tiny_run):
@@ -308,6 +325,9 @@ def made(tmp_path, monkeypatch):
         path = comparison.run / f"samples_{name}.npz"
         one.files[path], psnrs[path] = dict(fd=fd, drawn=fd * drawn), psnr
     monkeypatch.setattr(one, "psnr", lambda path, twin: psnrs[path])
+    comparison.run.mkdir()
+    meta = json.dumps(dict(device="NVIDIA H200", torch="2.11"))
+    np.savez(comparison.run / "samples_fp.npz", meta=np.array(meta))
     numbers = dict(fd_ratio=1.2, fd_ratio_interval=[1.1, 1.3], psnr=30, psnr_interval=[29, 31])
     numbers |= dict(snr=35, mib=2, passes=12.3, peak_mib=400, unit_seconds=2.0, resumed=False)
     for method in METHODS:
@@ -354,6 +374,7 @@ def test_page_says_what_time_holds(made):
     assert "About 2 passes of it" in text and "50 passes' worth" in text
     assert "those that use gradients (TQ-DiT)." in text and "takes 300 MiB" in text
     assert "Q-Diffusion `--weight-iterations 2000` of 20000" in text
+    assert ("sampled on an NVIDIA H200, torch 2.11." in text) != torch.cuda.is_available()
 
 
 def test_methods_are_compared_image_by_image(made):
