@@ -21,6 +21,7 @@ BEYOND = dict(  # what layers of other methods have that this engine has not
     view="scales within a row of the weight", shift="shifted inputs",
     low_rank="a low-rank branch", regroup="time groups of its own", hadamard="rotated inputs",
 )  # fmt: skip
+PRODUCTS = "products of activations"
 CPU = torch.device("cpu")
 
 
@@ -47,7 +48,7 @@ class Int8Engine:
 
     def __init__(self, name="int8", device=CPU):
         self.name, self.on_integers, self.reasons = name, 0, Counter()
-        self.after_gelu, self.attentions = Counter(), 0
+        self.after_gelu, self.attentions, self.whole = Counter(), 0, False
         self.on_cuda = device.type == "cuda"
         self.why_not, self.linear, self.no_triton = why_not, Int8Linear, None
         if self.on_cuda:
@@ -77,7 +78,7 @@ class Int8Engine:
     def beyond(self, state):
         """What a state has that is no product of codes here; "" if nothing."""
         if state["type"] != "linear":
-            return "convolution" if state["type"] == "conv" else "products of activations"
+            return "convolution" if state["type"] == "conv" else PRODUCTS
         found = [what for key, what in BEYOND.items() if key in state or key in state["weight"]]
         found += ["scales of inputs by channels or samples"] * (not of_tokens(state))
         found += ["a bias for each time group"] * (state["bias"].ndim > 1)
@@ -101,8 +102,8 @@ class Int8Engine:
         for block in model.blocks if self.no_triton is None else ():
             block.mlp.act = Gelu()
         if self.no_triton == "":
-            self.attentions = int8_blocks.fuse(model)
-            self.reasons["products of activations"] -= 2 * self.attentions
+            self.attentions, self.whole = int8_blocks.fuse(model)
+            self.reasons[PRODUCTS] -= 2 * self.attentions
         return model
 
     def describe(self):
@@ -114,6 +115,7 @@ class Int8Engine:
         for how, count in self.after_gelu.items():
             line += f"; {count} of them after GELU (MRQ {how})"
         line += f"; {self.attentions} attentions in one kernel each" * (self.attentions > 0)
+        line += ", LayerNorm with the codes that follow it" * self.whole
         reasons = [(reason, count) for reason, count in self.reasons.items() if count]
         others = ", ".join(f"{count} ({reason})" for reason, count in reasons)
         return line + (f"; in floating point {others}" if others else "")

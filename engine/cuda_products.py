@@ -1,4 +1,6 @@
-"""Products of int8 codes on CUDA, with scales and bias: `int8_cuda.py` has the formula."""
+"""What runs on int8 codes on CUDA, as operators that `torch.compile` knows: products with scales
+and bias (`int8_cuda.py` has the formula), attention, LayerNorm with codes.
+"""
 
 from collections.abc import Sequence
 
@@ -95,7 +97,8 @@ def int_mm(codes: Tensor, v: Tensor) -> Tensor:
 
 
 def torch_linear(codes, grid, row_sums, weight, dtype):
-    """The same without `then`, the grid given as that of every row, shaped to go with the codes."""
+    """`triton_linear` without `onto` and `then`, by torch; the grid is given as that of every row,
+    shaped to go with the codes."""
     (*scales, zero_point), (v, w_scale, bias, w_sum, correction) = grid, weight
     out = 0
     for i, (term, scale) in enumerate(zip(regions(codes, grid), scales, strict=False)):

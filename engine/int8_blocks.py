@@ -14,7 +14,8 @@ from quant_ops import GeluQuantizer, QuantMatMul, SoftmaxQuantizer, UniformQuant
 
 
 def fuses(layer: nn.Module) -> bool:
-    """Whether a layer can be one of `Int8Mlp`'s: a token's scale needs all of GELU's outputs."""
+    """Whether Triton's kernel multiplies this layer's codes, of scales that are known beforehand: a
+    token's needs all of GELU's outputs."""
     on_codes = isinstance(layer, Int8LinearCUDA) and layer.triton
     return on_codes and not isinstance(layer.act, TokenQuantizer)
 
@@ -39,33 +40,39 @@ class Int8Mlp(nn.Module):
         return self.fc2.product(inputs, self.fc2.grid(), group)
 
 
+MAX_WIDTH = 96  # of a head: more does not fit every GPU's shared memory
+
+
 class Int8Attention(nn.Module):
     """`models_dit.Attention` with all between the products of qkv and proj in one kernel."""
 
     def __init__(self, attn):
         super().__init__()
         self.qkv, self.qk, self.av, self.proj = attn.qkv, attn.qk, attn.av, attn.proj
-        self.num_heads, width = attn.num_heads, attn.proj.weight.shape[1]
-        factor = (width // attn.num_heads) ** -0.5  # of q
+        self.num_heads, D = attn.num_heads, attn.proj.weight.shape[1]
+        factor = (D // attn.num_heads) ** -0.5  # of q
         acts = attn.qk.a, attn.qk.b, attn.av.b
         tables = dict(
             inverse=[by / act.scale for act, by in zip(acts, (factor, 1, 1), strict=True)],
             lowest=[-act.zero_point.float() for act in acts],
             highest=[2**act.bits - 1 - act.zero_point.float() for act in acts],
         )
-        for name, values in tables.items():  # of qkv's columns, in steps
-            self.register_buffer(name, torch.stack(values).repeat_interleave(width))
+        for name, values in tables.items():  # of qkv's columns
+            self.register_buffer(name, torch.stack(values).repeat_interleave(D))
 
     @staticmethod
     def takes(attn):
         """Whether an attention's layers and their inputs are of the kinds that the kernel knows."""
-        qk, av = attn.qk, attn.av
-        if not (isinstance(qk, QuantMatMul) and isinstance(av.a, SoftmaxQuantizer)):
+        qk, av, layers = attn.qk, attn.av, (attn.qkv, attn.proj)
+        if not all(map(fuses_uniform, layers)):
             return False
-        if not (fuses_uniform(attn.qkv) and fuses_uniform(attn.proj)):
+        if not all(isinstance(x, QuantMatMul) for x in (qk, av)):
             return False
-        of_powers = bool((av.a.scale1.frexp().mantissa == 0.5).all())
-        acts = qk.a, qk.b, av.b
+        width = len(attn.proj.bias) / attn.num_heads
+        if not isinstance(av.a, SoftmaxQuantizer) or width > MAX_WIDTH:
+            return False
+        s_1, acts = av.a.scale1, (qk.a, qk.b, av.b)
+        of_powers = bool(((s_1.frexp().mantissa == 0.5) & (s_1 <= 1)).all())
         return of_powers and all(isinstance(x, UniformQuantizer) and not x.scale.ndim for x in acts)
 
     def forward(self, x, group=None):
@@ -114,18 +121,19 @@ class Int8Blocks(nn.Module):
 
 def fuse(model):
     """Replaces parts of the model by such as do several things in one kernel; how many attentions
-    are among them."""
+    are among them, and whether all blocks are."""
     for block in model.blocks:
         fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-        if fuses(fc1) and fuses(fc2):
+        if fuses_uniform(fc1) and fuses(fc2):
             block.mlp = Int8Mlp(fc1, fc2)
         if Int8Attention.takes(block.attn):
             block.attn = Int8Attention(block.attn)
     attentions = [block for block in model.blocks if isinstance(block.attn, Int8Attention)]
-    mlps = [isinstance(x.mlp, Int8Mlp) and fuses_uniform(x.mlp.fc1) for x in model.blocks]
-    if all(mlps) and len(attentions) == len(mlps):
+    mlps = [block for block in model.blocks if isinstance(block.mlp, Int8Mlp)]
+    whole = len(attentions) == len(mlps) == len(model.blocks)
+    if whole:
         model.blocks = nn.ModuleList([Int8Blocks(model.blocks)])
-    return len(attentions)
+    return len(attentions), whole
 
 
 # ------------------------------------------------------------------------------------------------
@@ -134,7 +142,7 @@ def fuse(model):
 
 @cache
 def why_no_triton(device: torch.device) -> str:
-    """Why Triton's kernel is not taken there; "" if it is: tried on the largest codes."""
+    """Why Triton's kernels are not taken there; "" if they are: tried where the result is known."""
     try:
         import engine.triton_kernels  # noqa: F401
     except ImportError:
@@ -148,7 +156,7 @@ def why_no_triton(device: torch.device) -> str:
 
 
 def _exact(device):
-    """Whether each form of Triton's kernels gives what is known beforehand."""
+    """Whether Triton's kernels give what is known beforehand."""
     one, x = torch.ones(()), torch.full((40, 64), 127.0, device=device)
     uniform, gelu = UniformQuantizer(8, one, 0 * one), GeluQuantizer(8, one, one)
 
@@ -165,7 +173,10 @@ def _exact(device):
                 found = mlp(x).float() / (32 * 127 * highest)
             if bool(((found - 1).abs() > 2**-7).any()):
                 return False
-    return _exact_norm(device) and _exact_attention(device)
+    codes, ends = layer(64, uniform).inputs(x, None), (2.0**-16, -9, 9)  # 15.75 steps, clipped
+    onto = [torch.full((32,), end, device=device) for end in ends]
+    in_steps = layer(64, uniform).in_steps(codes, None, onto)
+    return bool((in_steps == 9).all()) and _exact_norm(device) and _exact_attention(device)
 
 
 def _exact_norm(device):

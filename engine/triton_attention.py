@@ -13,7 +13,7 @@ import triton.language as tl
 
 from engine.triton_kernels import MAGIC, clip_round, low_byte, split
 
-TILE = 128, 64, 8, 3  # queries, keys; warps, stages
+TILE = 128, 64, 8, 3  # queries, keys; warps, stages: the fastest of nine on an H200
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -42,7 +42,7 @@ def mrq(p, scale1, levels):
     """`quant_ops.mrq_softmax`, with 2^(k-1) levels in each region. Next to MAGIC times a power of
     two float32 has just its multiples."""
     upper = p >= tl.maximum((levels - 0.5) * scale1, 0.5 / levels)
-    p = tl.where(upper, p, tl.minimum(p, (levels - 1.0) * scale1))
+    p = tl.where(upper, tl.maximum(p, 1.0 / levels), tl.minimum(p, (levels - 1.0) * scale1))
     by = tl.where(upper, MAGIC / levels, MAGIC * scale1)
     return (p + by) - by
 
@@ -74,19 +74,23 @@ def attention_kernel(
     ones 0."""
     D: tl.constexpr = HEADS * WIDTH
     UNEVEN: tl.constexpr = S % N > 0
-    sample, column = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS) * WIDTH
+    OF_Q: tl.constexpr = (WIDTH < HEAD) | (S % M > 0)  # whether tiles reach beyond ends
+    OF_KV: tl.constexpr = (WIDTH < HEAD) | UNEVEN
+    tiles: tl.constexpr = (S + M - 1) // M
+    first_query, head = (tl.program_id(0) % tiles) * M, tl.program_id(0) // tiles
+    sample, column = head // HEADS, (head % HEADS) * WIDTH
     of_group = tl.load(group + sample) if group is not None else 0
     factor = tl.load(q_scale) * tl.load(k_scale) * LOG2E
     first = sample.to(tl.int64) * S
     q = qkv + first * (3 * D) + column
-    k, v, rows = q + D, q + 2 * D, tl.program_id(0) * M + tl.arange(0, M)
+    k, v, rows = q + D, q + 2 * D, first_query + tl.arange(0, M)
     columns, columns2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL > 0 else 16)
-    q1 = tile(q, rows, columns, 3 * D, S, WIDTH, S % M > 0)
+    q1 = tile(q, rows, columns, 3 * D, S, WIDTH, OF_Q)
     q2 = tile(q, rows, columns2, 3 * D, S, WIDTH, True) if TAIL > 0 else None
     highest, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
     for key in range(0, S, N):
         keys = key + tl.arange(0, N)
-        k1 = tile(k, keys, columns, 3 * D, S, WIDTH, UNEVEN)
+        k1 = tile(k, keys, columns, 3 * D, S, WIDTH, OF_KV)
         k2 = tile(k, keys, columns2, 3 * D, S, WIDTH, True) if TAIL > 0 else None
         s = scores(q1, q2, k1, k2, keys, S, UNEVEN)
         new = tl.maximum(highest, tl.max(s, axis=1) * factor)
@@ -96,11 +100,11 @@ def attention_kernel(
     x, x2 = tl.zeros((M, HEAD), tl.float32), tl.zeros((M, TAIL if TAIL > 0 else 16), tl.float32)
     for key in range(0, S, N):
         keys = key + tl.arange(0, N)
-        k1 = tile(k, keys, columns, 3 * D, S, WIDTH, UNEVEN)
+        k1 = tile(k, keys, columns, 3 * D, S, WIDTH, OF_KV)
         k2 = tile(k, keys, columns2, 3 * D, S, WIDTH, True) if TAIL > 0 else None
         s = scores(q1, q2, k1, k2, keys, S, UNEVEN)
         p = mrq(tl.exp2(tl.fma(s, factor, shift[:, None])), of_softmax, levels).to(q1.dtype)
-        x = tl.dot(p, tile(v, keys, columns, 3 * D, S, WIDTH, UNEVEN), x)
+        x = tl.dot(p, tile(v, keys, columns, 3 * D, S, WIDTH, OF_KV), x)
         if TAIL > 0:
             x2 = tl.dot(p, tile(v, keys, columns2, 3 * D, S, WIDTH, True), x2)
     at, of_v = of_group * then_by_group, tl.load(v_scale)
@@ -121,7 +125,7 @@ def attention(qkv, group, heads, scales, softmax, levels, then, half, with_sums)
     sums = qkv.new_zeros(samples, tokens, dtype=torch.int32)
     M, N, warps, stages = TILE
     scale, zero_point, smooth = then
-    attention_kernel[triton.cdiv(tokens, M), samples * heads](
+    attention_kernel[triton.cdiv(tokens, M) * samples * heads,](
         out, sums if with_sums else None, qkv.contiguous(), group,
         *scales, softmax, int(softmax.ndim > 0), levels,
         scale, zero_point, int(scale.ndim > 0), smooth, half,

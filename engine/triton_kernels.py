@@ -72,6 +72,12 @@ def on_grid(x, scale, scale2, zero_point, at, half, dtype: tl.constexpr):
     return low_byte(moved) if dtype == tl.int8 else rounded.to(dtype)
 
 
+def split(width):
+    """A row as two parts whose sizes are powers of two, 16 at least; the second may be 0."""
+    head = max(16, 1 << (width.bit_length() - 1))
+    return head, max(16, triton.next_power_of_2(width - head)) if width > head else 0
+
+
 # ------------------------------------------------------------------------------------------------
 # The kernel
 
@@ -121,17 +127,11 @@ def linear_kernel(
     out.store([row, column], x.to(out.dtype))
 
 
-def split(width):
-    """A row as two parts whose sizes are powers of two, the second 16 at least, or 0."""
-    head = 1 << (width.bit_length() - 1)
-    return head, max(16, triton.next_power_of_2(width - head)) if width > head else 0
-
-
 def linear(codes, group, grid, row_sums, weight, onto, then, half, dtype):
     """`cuda_products.triton_linear`: its arguments, taken apart."""
     (scale, scale2, zero_point), (v, *of_columns) = grid, weight
     then_scale, then_scale2, then_zero_point, smooth = then or [None] * 4
-    row_sum, row_sum2 = [*row_sums, None, None][:2]
+    row_sum, row_sum2 = [*(x.contiguous() for x in row_sums), None, None][:2]
     out = codes.new_empty(*codes.shape[:-1], len(v), dtype=dtype)
     num_rows, (width, num_inputs) = codes[..., 0].numel(), v.shape
     tokens = 1 if group is None else num_rows // len(group)

@@ -16,7 +16,7 @@ from common import int8_engine, quant_file
 from common.quantizers import DynamicQuantizer
 from engine import int8_blocks as b
 from engine import int8_cuda as e
-from models_dit import Attention
+from models_dit import Attention, DiTBlock, MatMul
 
 pytestmark = pytest.mark.gpu
 
@@ -101,13 +101,15 @@ def test_norm_modulation_and_codes_in_one_kernel(groups, added, width):
     assert torch.equal(sums.long(), found.sum(dim=-1))
 
 
-def attention_of(heads, width, factor, bits=(8, 8, 8), scale1=2.0**-10):
-    """An attention of a quant file: `bits` of inputs, of softmax, of the layers' inputs."""
+def attention_of(heads, width, factor, bits=(8, 8, 8, 8), scale1=2.0**-10, smooth=True):
+    """An attention of a quant file: `bits` of q, k and v, of softmax, and of the layers' weights
+    and inputs. Weights of 8 bits have a correction."""
     D = heads * width
     attn = Attention(D, heads)
     attn.fused = False
-    attn.qkv = layer_of((8, bits[2]), "uniform", factor, True, 3 * D, D, torch.rand(D) + 1)[0]
-    attn.proj = layer_of((8, bits[2]), "uniform", factor / 2, True, D, D, torch.rand(D) + 1)[0]
+    smooth = torch.rand(D) + 1 if smooth else None
+    attn.qkv = layer_of(bits[2:], "uniform", factor, True, 3 * D, D, smooth)[0]
+    attn.proj = layer_of(bits[2:], "uniform", 0.5319 * factor, True, D, D, smooth)[0]
     attn.qkv.w_scale /= D**0.5
     attn.qkv.bias, attn.proj.bias = torch.randn(3 * D), torch.randn(D)
     spread = torch.tensor(2.5)
@@ -120,20 +122,23 @@ def attention_of(heads, width, factor, bits=(8, 8, 8), scale1=2.0**-10):
 
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize(
-    "tokens, heads, width, bits, scale1",
+    "tokens, heads, width, bits, scale1, smooth",
     [
-        (64, 2, 24, (8, 8, 8), 2.0**-10),
-        (20, 1, 16, (6, 6, 6), 2.0**-9),
-        (70, 2, 72, (5, 8, 6), 2.0**-18),
+        (64, 2, 24, (8, 8, 8, 8), 2.0**-10, True),
+        (20, 1, 16, (6, 6, 8, 6), 2.0**-9, True),
+        (70, 2, 72, (5, 8, 8, 6), 2.0**-18, True),
+        (256, 2, 8, (8, 3, 6, 8), 2.0**-4, False),
+        (130, 1, 32, (4, 2, 4, 8), 2.0**-2, False),
     ],
 )
 @torch.no_grad()
-def test_attention_in_one_kernel(tokens, heads, width, bits, scale1, groups):
+def test_attention_in_one_kernel(tokens, heads, width, bits, scale1, smooth, groups):
     """Both products, softmax with MRQ, proj's codes: the same outputs but for ties. Sizes are a
-    whole number of tiles or not, R1 reaches R2 or not."""
+    whole number of tiles or not, one or several; R1 reaches R2 or not."""
     pytest.importorskip("triton")
     factor, group = group_of(groups)
-    attn = attention_of(heads, width, factor, bits, scale1)
+    attn = attention_of(heads, width, factor, bits, scale1, smooth)
+    assert (attn.proj.correction is None) == (bits[2] < 8)
     assert b.Int8Attention.takes(attn)
     x = torch.randn(ROWS, tokens, heads * width, device=DEVICE)
     seen, plain = [], attn.proj.forward
@@ -146,9 +151,25 @@ def test_attention_in_one_kernel(tokens, heads, width, bits, scale1, groups):
     same_codes(codes, seen[0])
 
 
+@torch.no_grad()
+def test_softmax_on_the_border_of_its_regions():
+    """All keys alike, 2^k of them: p lies half-way to R2's first level, which it gets."""
+    pytest.importorskip("triton")
+    steps = torch.full((1, 64, 3 * 16), 3.0, device=DEVICE)
+    steps = steps.bfloat16() if DEVICE.type == "cuda" else steps
+    one, zero = torch.ones((), device=DEVICE), torch.zeros((), dtype=torch.int32, device=DEVICE)
+    p = q.mrq_softmax(torch.full((64,), 1 / 64), torch.tensor(2.0**-20), 6)
+    codes, _ = b.attention(
+        steps, None, 1, [one, one, one], 2.0**-20 * one, 32.0, [one, zero, None], 32, False
+    )
+    assert (codes == round(3 * p.sum().item())).all() and codes.unique().tolist() == [6]
+
+
 @pytest.mark.parametrize("change", [
     lambda attn: setattr(attn.av.a, "scale1", torch.tensor(3.0)),
     lambda attn: setattr(attn.qk, "a", q.FullPrecision()),
+    lambda attn: setattr(attn, "av", MatMul()),
+    lambda attn: setattr(attn, "num_heads", 1 / 4),  # a head of 192
     lambda attn: setattr(attn.av, "a", DynamicQuantizer(8, "token")),
     lambda attn: setattr(attn.qk.b, "scale", torch.ones(3)),
     lambda attn: setattr(attn.proj, "triton", False),
@@ -174,7 +195,8 @@ def test_model_of_a_quant_file_runs_on_integers(tiny_run, gpu, triton, engine, c
     assert line.count("\n") == 1 and f"engine {engine}: 9 layers on integer codes" in line
     assert ("by Triton" if triton else "torch._int_mm (Triton is missing)") in line
     assert ("2 of them after GELU (MRQ folded" in line) == (engine == "int8-folded")
-    assert ("2 attentions in one kernel each" in line) == triton
+    fused = "2 attentions in one kernel each, LayerNorm with the codes that follow it"
+    assert (fused in line) == triton and ("4 (products" in line) != triton
     assert isinstance(integers.blocks[0], b.Int8Blocks) == triton
     torch.manual_seed(0)
     x, y = torch.randn(4, 3, 8, 8).to(DEVICE), torch.arange(4, device=DEVICE)
@@ -201,3 +223,39 @@ def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
     assert "wrong" in ask(DEVICE)
     monkeypatch.setattr(kernels, "linear", lambda *args: 1 / 0)
     assert "ZeroDivisionError" in ask(DEVICE)
+
+
+@pytest.mark.parametrize("of_fc1", ["uniform", "gelu"])
+def test_blocks_of_which_one_stays_as_it_is(of_fc1):
+    """They are not taken as a whole; what can be fused of them is."""
+    blocks = torch.nn.ModuleList(DiTBlock(48, 2, 3) for _ in range(2))
+    for block, kind in zip(blocks, ("uniform", of_fc1), strict=True):
+        one = torch.tensor(1.0)
+        block.attn = attention_of(2, 24, one)
+        block.mlp.fc1 = layer_of((8, 8), kind, one, True, OUTPUTS, 48)[0]
+        block.mlp.fc2 = layer_of((8, 8), "gelu", one, True, 48, OUTPUTS)[0]
+    model = SimpleNamespace(blocks=blocks)
+    assert b.fuse(model) == (2, of_fc1 == "uniform")
+    assert isinstance(model.blocks[0], DiTBlock) == (of_fc1 == "gelu")
+    assert isinstance(blocks[1].mlp, b.Int8Mlp) == (of_fc1 == "uniform")
+
+
+def test_layer_norm_s_epsilon_is_the_model_s():
+    norm = pytest.importorskip("engine.triton_norm", exc_type=ImportError)
+    block = DiTBlock(16, 1, 4)
+    assert norm.EPS.value == block.norm1.eps == block.norm2.eps
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
+@torch.no_grad()
+def test_graphs_of_a_model_give_what_it_gives(tiny_run):
+    """Other inputs, a smaller batch, and the first size again; as `04 --compile` on a GPU."""
+    artifact = quant_file.load_quant(tiny_run / "quant_w6a6.pt")
+    model = int8_engine.build(artifact, "test", "int8", DEVICE).to(DEVICE)
+    graphs = torch.compile(model, mode="reduce-overhead")
+    for seed, count in enumerate((4, 4, 3, 4)):
+        torch.manual_seed(seed)
+        x, y = torch.randn(count, 3, 8, 8, device=DEVICE), torch.arange(count, device=DEVICE)
+        t = torch.full_like(y, 400)
+        found, expected = graphs(x, t, y).clone(), model(x, t, y)
+        assert (found - expected).norm() < 0.05 * expected.norm()  # codes at ties may differ

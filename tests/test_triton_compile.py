@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from engine import triton_attention, triton_kernels as k, triton_loss, triton_norm
 
-WHOLE = "tokens num_rows num_inputs width by_group then_by_group by_row by_sample half".split()
+WHOLE = "tokens num_rows num_inputs width half of_gate of_shift of_scale".split()
+WHOLE += "by_group then_by_group by_row".split()
 INT32 = "row_sum row_sum2 zero_point then_zero_point w_zero w_sum correction".split()
 
 def check(name, kernel, capability, tile, lacks, types, instruction, constants):
@@ -49,7 +50,7 @@ layers = {
     ("before folded MRQ", "i8"): ["scale2", "row_sum2", "then_scale2", "group", *onto],
 }
 losses = {"uniform": ["codes2", "scale2", "row_sum2"], "after GELU": ["zero_point"]}
-widths = {72: (64, 16), 64: (64, 0)}
+widths = {72: (64, 16), 64: (64, 0), 8: (16, 0)}
 of_norm = dict(codes="*i8", h="*bf16", gate="*bf16", shift="*bf16", scale="*bf16")
 for capability in (80, 90):
     for (kind, out), lacks in layers.items():
@@ -64,13 +65,16 @@ for capability in (80, 90):
         types = dict(codes=codes, codes2=codes, weight=weight)
         blocks = dict(BLOCK_R=R, BLOCK_O=O, BLOCK_I=I)
         check(kind, triton_loss.loss_kernel, capability, tile, lacks, types, "s32.s8.s8", blocks)
-    for width, (head, tail) in widths.items():
+    for width, parts in widths.items():
+        head, tail = k.split(width)
+        assert (head, tail) == parts
         sizes = dict(S=256, HEADS=16, WIDTH=width, HEAD=head, TAIL=tail)
         sizes |= dict(zip("MN", triton_attention.TILE))
         types = dict(out="*i8", qkv="*bf16", levels="fp32")
         check("attention", triton_attention.attention_kernel, capability, triton_attention.TILE, [],
               types, "f32.bf16.bf16", sizes)
-        sizes = dict(WIDTH=16 * width, HEAD=1024, TAIL=8 * tail)
+        head, tail = k.split(16 * width)
+        sizes = dict(WIDTH=16 * width, HEAD=head, TAIL=tail)
         for lacks in ["h", "gate", "summed"], []:
             check("norm", triton_norm.norm_kernel, capability, (triton_norm.WARPS, 1), lacks,
                   of_norm, "", sizes)
@@ -88,4 +92,4 @@ def test_kernels_compile_to_int8_tensor_core_instructions(tmp_path):
     command = [sys.executable, tmp_path / "script.py"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["ok"] * 28
+    assert result.stdout.splitlines() == ["ok"] * 34
