@@ -2,7 +2,10 @@
 attention, and all blocks one after the other.
 """
 
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -11,6 +14,8 @@ from engine.cuda_products import attention, norm_codes
 from engine.int8_cuda import Int8LinearCUDA
 from engine.token_quantizer import TokenQuantizer
 from quant_ops import GeluQuantizer, QuantMatMul, SoftmaxQuantizer, UniformQuantizer
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def fuses(layer: nn.Module) -> bool:
@@ -142,7 +147,16 @@ def fuse(model):
 
 @cache
 def why_no_triton(device: torch.device) -> str:
-    """Why Triton's kernels are not taken there; "" if they are: tried where the result is known."""
+    """Why Triton's kernels are not taken there; "" if they are. The trial is a process of its own:
+    after a fault in a kernel nothing runs on CUDA any more."""
+    command = [sys.executable, "-m", "engine.int8_blocks", str(device)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = found.stdout.splitlines()
+    return lines[-1] if found.returncode == 0 and lines else "Triton failed"
+
+
+def trial(device):
+    """Why Triton's kernels should not be taken: they are tried where the result is known."""
     try:
         import engine.triton_kernels  # noqa: F401
     except ImportError:
@@ -173,7 +187,7 @@ def _exact(device):
                 found = mlp(x).float() / (32 * 127 * highest)
             if bool(((found - 1).abs() > 2**-7).any()):
                 return False
-    codes, ends = layer(64, uniform).inputs(x, None), (2.0**-16, -9, 9)  # 15.75 steps, clipped
+    codes, ends = layer(64, uniform).inputs(x, None), (2.0**-16, -9.0, 9.0)  # 15.75 steps, clipped
     onto = [torch.full((32,), end, device=device) for end in ends]
     in_steps = layer(64, uniform).in_steps(codes, None, onto)
     return bool((in_steps == 9).all()) and _exact_norm(device) and _exact_attention(device)
@@ -201,3 +215,7 @@ def _exact_attention(device):
     scales, then = [0.001 * one, 0.001 * one, eighth], [one, zero.int(), None]
     codes, sums = attention(qkv, None, 2, scales, scale1, 128.0, then, 128, True)
     return bool((codes == 31).all() and (sums == 31 * 144).all())
+
+
+if __name__ == "__main__":
+    print(trial(torch.device(sys.argv[1])))

@@ -211,8 +211,8 @@ def test_model_of_a_quant_file_runs_on_integers(tiny_run, gpu, triton, engine, c
 def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
     """The self-test: what it raises, or a wrong sum, is the reason that is printed."""
     kernels = pytest.importorskip("engine.triton_kernels", exc_type=ImportError)
-    ask = b.why_no_triton.__wrapped__
-    assert ask(DEVICE) == ""
+    ask = b.trial
+    assert ask(DEVICE) == b.why_no_triton.__wrapped__(DEVICE) == ""
     for name in "norm_codes", "attention":  # each returns codes, among others
         with monkeypatch.context() as patch:
             plain = getattr(b, name)
@@ -223,6 +223,22 @@ def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
     assert "wrong" in ask(DEVICE)
     monkeypatch.setattr(kernels, "linear", lambda *args: 1 / 0)
     assert "ZeroDivisionError" in ask(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "command, reason",
+    [("import os; os.abort()", "Triton failed"), ("print('noise'); print('why')", "why")],
+)
+def test_trial_is_a_process_of_its_own(monkeypatch, command, reason):
+    """What it says last is the reason; one that dies takes nothing along."""
+    run = b.subprocess.run
+
+    def instead(command_line, **how):
+        assert command_line[1:] == ["-m", "engine.int8_blocks", "cuda:7"]
+        return run([command_line[0], "-c", command], **how)
+
+    monkeypatch.setattr(b.subprocess, "run", instead)
+    assert b.why_no_triton.__wrapped__(torch.device("cuda:7")) == reason
 
 
 @pytest.mark.parametrize("of_fc1", ["uniform", "gelu"])
