@@ -12,7 +12,7 @@ import torch
 from common import quant_file
 from common.packing import unpack_codes
 from common.quantizers import DynamicQuantizer
-from engine import int8_blocks, int8_cuda
+from engine import cuda_trial, int8_blocks, int8_cuda
 from engine.int8_linear import Gelu, Int8Linear, PackedLinear, folded, signed_weight, why_not
 from engine.token_quantizer import TokenQuantizer
 from quant_ops import GeluQuantizer
@@ -52,7 +52,7 @@ class Int8Engine:
         self.on_cuda = device.type == "cuda"
         self.why_not, self.linear, self.no_triton = why_not, Int8Linear, None
         if self.on_cuda:
-            self.no_triton = int8_blocks.why_no_triton(device)
+            self.no_triton = cuda_trial.why_no_triton(device)
             self.why_not = partial(int8_cuda.why_not, device=device)
             self.linear = partial(int8_cuda.Int8LinearCUDA, triton=not self.no_triton)
 

@@ -23,11 +23,13 @@ MAY_IMPORT = {name: LIBRARIES | RUNTIME for name in [*SCRIPTS, "methods", "demo"
     "models_dit.py": {"torch", "numpy"},
     "engine": {"quant_ops", "models_dit", "engine"} | RUNTIME,
     "engine/triton_kernels.py": {"torch", "triton"},  # itself imported inside functions alone
-    "engine/triton_loss.py": {"engine", "triton"},  # so is this
+    "engine/triton_loss.py": {"engine", "triton"},  # so are these
+    "engine/triton_norm.py": {"engine", "torch", "triton"},
+    "engine/triton_attention.py": {"engine", "torch", "triton"},
     "common": {"quant_ops", "models_dit", "engine", "common"} | RUNTIME,
     "benchmarks": LIBRARIES | BENCHMARKS | RUNTIME | {"matplotlib"},
     "test_quant_ops.py": {"quant_ops", "pytest", "torch"},
-    "tests": LIBRARIES | BENCHMARKS | RUNTIME | {"conftest", "pytest", "matplotlib"},
+    "tests": LIBRARIES | BENCHMARKS | RUNTIME | {"conftest", "int8_layers", "pytest", "matplotlib"},
 }
 INSIDE_A_FUNCTION = {  # who asks for a package that need not be there, only when it is used
     "common/weight_files.py": {"safetensors"},

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_int8_cuda import DEVICE, GROUPS, INPUTS, OUTPUTS, ROWS, TOKENS, layer_of
+from int8_layers import DEVICE, GROUPS, INPUTS, OUTPUTS, ROWS, TOKENS, layer_of
 
 import quant_ops as q
 from common import int8_engine, quant_file
 from common.quantizers import DynamicQuantizer
+from engine import cuda_trial
 from engine import int8_blocks as b
 from engine import int8_cuda as e
 from models_dit import Attention, DiTBlock, MatMul
@@ -28,7 +29,7 @@ def gpu(monkeypatch):
 
     def has(triton):
         reason = "" if triton else "Triton is missing"
-        monkeypatch.setattr(b, "why_no_triton", lambda device: reason)
+        monkeypatch.setattr(cuda_trial, "why_no_triton", lambda device: reason)
 
     return has
 
@@ -211,12 +212,12 @@ def test_model_of_a_quant_file_runs_on_integers(tiny_run, gpu, triton, engine, c
 def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
     """The self-test: what it raises, or a wrong sum, is the reason that is printed."""
     kernels = pytest.importorskip("engine.triton_kernels", exc_type=ImportError)
-    ask = b.trial
-    assert ask(DEVICE) == b.why_no_triton.__wrapped__(DEVICE) == ""
+    ask = cuda_trial.trial
+    assert ask(DEVICE) == cuda_trial.why_no_triton.__wrapped__(DEVICE) == ""
     for name in "norm_codes", "attention":  # each returns codes, among others
         with monkeypatch.context() as patch:
-            plain = getattr(b, name)
-            patch.setattr(b, name, lambda *args, f=plain: [part + 1 for part in f(*args)])
+            plain = getattr(cuda_trial, name)
+            patch.setattr(cuda_trial, name, lambda *args, f=plain: [part + 1 for part in f(*args)])
             assert "wrong" in ask(DEVICE)
     plain = kernels.linear
     monkeypatch.setattr(kernels, "linear", lambda *args: plain(*args) + 1)
@@ -231,14 +232,14 @@ def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
 )
 def test_trial_is_a_process_of_its_own(monkeypatch, command, reason):
     """What it says last is the reason; one that dies takes nothing along."""
-    run = b.subprocess.run
+    run = cuda_trial.subprocess.run
 
     def instead(command_line, **how):
-        assert command_line[1:] == ["-m", "engine.int8_blocks", "cuda:7"]
+        assert command_line[1:] == ["-m", "engine.cuda_trial", "cuda:7"]
         return run([command_line[0], "-c", command], **how)
 
-    monkeypatch.setattr(b.subprocess, "run", instead)
-    assert b.why_no_triton.__wrapped__(torch.device("cuda:7")) == reason
+    monkeypatch.setattr(cuda_trial.subprocess, "run", instead)
+    assert cuda_trial.why_no_triton.__wrapped__(torch.device("cuda:7")) == reason
 
 
 @pytest.mark.parametrize("of_fc1", ["uniform", "gelu"])
