@@ -210,7 +210,7 @@ def test_model_of_a_quant_file_runs_on_integers(tiny_run, gpu, triton, engine, c
 
 
 def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
-    """The self-test: what it raises, or a wrong sum, is the reason that is printed."""
+    """The trial: what it raises, or a wrong sum, is the reason that is printed."""
     kernels = pytest.importorskip("engine.triton_kernels", exc_type=ImportError)
     ask = cuda_trial.trial
     assert cuda_trial.why_no_triton.__wrapped__(DEVICE) == ""  # first where a fault does no harm
