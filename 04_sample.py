@@ -23,7 +23,7 @@ from common.cli import (
 )  # fmt: skip
 from common.distributed import join_process_group
 from common.images import samples_up_to_date, save_samples, to_uint8
-from common.int8_engine import build
+from common.int8_engine import build, compile_mode
 from common.noise_correction import make_diffusion
 from common.quant_file import load_quant, table_at
 from common.vae import load_vae, local_vae
@@ -126,8 +126,8 @@ def main(args):
         vae = load_vae(settings["vae"], args.vae_path).to(device)
     diffusion = make_diffusion(sampling.get("noise"), settings["steps"], device)  # PTQD's, or plain
     model = model.to(device)
-    if args.compile:  # on CUDA as graphs: no kernel waits for Python to launch it
-        model.compile(mode="reduce-overhead" if device.type == "cuda" else None)
+    if args.compile:
+        model.compile(mode=compile_mode(device))
     batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size), strict=True))
     mine = group.share(parts, range(len(batches)))
     total = len(mine) * (diffusion.num_timesteps + 1)

@@ -20,6 +20,7 @@ from random_run import lively
 from sampling import GROUPS, add_timing_flags, quantize, seconds, widths
 
 from common.cli import run_script
+from common.int8_engine import compile_mode
 from engine.int_products import has_int_unit
 from models_dit import DiT_models
 
@@ -55,8 +56,7 @@ def contenders(name, block, twins, args):
     dtype = x.dtype
 
     def compiled(module):
-        mode = "reduce-overhead" if x.is_cuda else None  # as 04 does
-        return torch.compile(module, mode=mode) if args.compile else module
+        return torch.compile(module, mode=compile_mode(x.device)) if args.compile else module
 
     layer = copy.deepcopy(block.get_submodule(name)).to(dtype)
     runs = {args.dtype: forever(compiled(layer), x, group)}

@@ -28,7 +28,7 @@ from random_run import STEPS, lively, released_layers
 
 from common.checkpoints import load_dit
 from common.cli import InputError, pick_device, run_script
-from common.int8_engine import build
+from common.int8_engine import build, compile_mode
 from common.offload import units
 from common.quant_file import linear_state, matmul_state, quantized_parts
 from common.quantizers import DynamicQuantizer
@@ -132,7 +132,7 @@ def ours(model, y, compiled=False):
     """Endless sampling steps of `trajectory`."""
     model, diffusion = copy.copy(model), Diffusion(STEPS, y.device)
     if compiled:
-        model.compile(mode="reduce-overhead" if y.is_cuda else None)  # as 04 does
+        model.compile(mode=compile_mode(y.device))
     while True:
         generators = image_generators(0, range(len(y)))
         yield from trajectory(model, diffusion, y, generators, GUIDANCE)

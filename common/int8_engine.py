@@ -25,6 +25,12 @@ PRODUCTS = "products of activations"
 CPU = torch.device("cpu")
 
 
+def compile_mode(device):
+    """What to give `torch.compile` for a network that samples: on CUDA it becomes graphs, where no
+    kernel waits for Python to launch it."""
+    return "reduce-overhead" if device.type == "cuda" else None
+
+
 def build(artifact, source, engine, device):
     """The quantized model, its linear layers in floating point or, where they can be, on integer
     codes; one printed line says which. The artifact's layers are used up."""

@@ -83,9 +83,8 @@ def test_layers_alone_have_a_row_for_each_way(monkeypatch):
 
 def test_parts_of_a_step_are_all_of_it(monkeypatch, capsys):
     """A row for each model; its parts add up to the last column; full precision's are 1 in all."""
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **how: None
-    )  # which takes a minute
+    at_once = "compile", lambda self, **how: None  # which takes a minute
+    monkeypatch.setattr(torch.nn.Module, *at_once)
     monkeypatch.setitem(sampling.DiT_models, "DiT-XL/2", CONFIG | dict(hidden_size=64))
     flags = "--engines float int8 --rounds 1 --blocks 1".split()
     step_parts.main(parsed(monkeypatch, ["benchmarks/step_parts.py", *flags]))

@@ -1,5 +1,5 @@
 """engine/int8_blocks.py, triton_norm.py, triton_attention.py: what one kernel does is what parts
-of a block do one after the other; models that are made of such blocks; the self-test.
+of a block do one after the other; models that are made of such blocks; the trial.
 
 Without a GPU the kernels run in Triton's interpreter, if Triton is installed.
 """
