@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine import int_products, onednn
+from engine import cpu_products, int_products
 from engine.int_products import MAX_INPUTS, has_int_unit, takes_shapes
 from quant_ops import GeluQuantizer, InputLoss, UniformQuantizer, WeightLoss, hessian_loss, search
 
@@ -118,7 +118,9 @@ def _by_triton(inputs, weight, chunk, dim=None):
 CODES = int_products.input_codes, int_products.weight_codes
 INT_MM = Product(*CODES, partial(_of_error, int_products.int_error))
 TRITON = Product(*CODES, _by_triton)
-ONEDNN = Product(onednn.input_codes, onednn.weight_codes, partial(_of_error, onednn.error))
+U8S8 = Product(
+    cpu_products.input_codes, cpu_products.weight_codes, partial(_of_error, cpu_products.error)
+)
 
 
 def on_integers(loss, candidates, data):
@@ -136,7 +138,9 @@ def on_integers(loss, candidates, data):
         return twin(*loss, TRITON)
     if has_int_unit(device):
         return twin(*loss, INT_MM) if takes_shapes(rows, W, device) else loss
-    return twin(*loss, ONEDNN) if device.type == "cpu" and onednn.pays(W, bits, Q_X) else loss
+    if device.type == "cpu" and cpu_products.pays(W, bits, Q_X):
+        return twin(*loss, U8S8)
+    return loss
 
 
 class IntWeightLoss(NamedTuple):

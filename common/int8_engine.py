@@ -12,7 +12,7 @@ import torch
 from common import quant_file
 from common.packing import unpack_codes
 from common.quantizers import DynamicQuantizer
-from engine import cuda_trial, int8_blocks, int8_cuda
+from engine import cpu_products, cuda_trial, int8_blocks, int8_cuda
 from engine.int8_linear import Gelu, Int8Linear, PackedLinear, folded, signed_weight, why_not
 from engine.token_quantizer import TokenQuantizer
 from quant_ops import GeluQuantizer
@@ -118,6 +118,8 @@ class Int8Engine:
         line = f"engine {self.name}: {self.on_integers} layers on integer codes"
         if self.no_triton is not None:
             line += f" by torch._int_mm ({self.no_triton})" if self.no_triton else " by Triton"
+        elif self.on_integers:
+            line += f" by {cpu_products.whose()}"
         for how, count in self.after_gelu.items():
             line += f"; {count} of them after GELU (MRQ {how})"
         line += f"; {self.attentions} attentions in one kernel each" * (self.attentions > 0)

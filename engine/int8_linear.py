@@ -1,10 +1,10 @@
 """Linear layers that multiply the codes of a quant file themselves, on a CPU.
 
 Weights stay packed as int8, inputs become uint8 codes, with the static scale of their time group or
-with one that each token finds at run time, and oneDNN's u8 x s8 product accumulates in int32. Where
-the CPU lacks VNNI that product adds pairs in 16 bits and saturates: a self-test finds out, and a
-layer whose codes could reach that far is left in floating point. Nothing that could come out wrong
-is multiplied on integers.
+with one that each token finds at run time, and this CPU's u8 x s8 product sums in int32. Where the
+CPU lacks VNNI that product adds pairs in 16 bits and saturates: a self-test finds out, and a layer
+whose codes could reach that far is left in floating point. Nothing that could come out wrong is
+multiplied on integers.
 
     x_hat = s_x (q_x - z_x), w_hat = s_w (q_w - z_w), so with v = q_w - u for any u
     z = s_x s_w [ sum (q_x - z_x) v  -  (z_w - u) sum (q_x - z_x) ] + bias
@@ -17,8 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from engine.avx2 import longest_run
+from engine.cpu_products import pack, pair_limit, u8s8
 from engine.int_products import MAX_INPUTS
-from engine.onednn import pack, pair_limit, u8s8
 from engine.token_quantizer import TokenQuantizer
 from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, qparams_from_range, quantize
 
@@ -32,19 +33,21 @@ def int8_product(
     zero_point: Tensor,
     group: Tensor | None,
     weight: Tensor,
+    run: int,
     w_scale: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
     """`u8s8` with a scale and zero point for each time group, (G,), given the rows' groups (R,)."""
+    of_weight = weight, run, w_scale, bias
     if group is None or scale.ndim == 0:
-        return u8s8(codes, scale, zero_point, weight, w_scale, bias)
+        return u8s8(codes, scale, zero_point, *of_weight)
     first = int(group[0])
     if bool((group == first).all()):  # as in sampling
-        return u8s8(codes, scale[first], zero_point[first], weight, w_scale, bias)
+        return u8s8(codes, scale[first], zero_point[first], *of_weight)
     out = codes.new_empty(*codes.shape[:-1], len(w_scale), dtype=torch.float32)
     for i in group.unique().tolist():
         rows = group == i
-        out[rows] = u8s8(codes[rows], scale[i], zero_point[i], weight, w_scale, bias)
+        out[rows] = u8s8(codes[rows], scale[i], zero_point[i], *of_weight)
     return out
 
 
@@ -54,7 +57,7 @@ int8_op = library.custom_op("tqdit::int8_product", int8_product, mutates_args=()
 
 
 @int8_op.register_fake
-def _(codes, scale, zero_point, group, weight, w_scale, bias):
+def _(codes, scale, zero_point, group, weight, run, w_scale, bias):
     return codes.new_empty(*codes.shape[:-1], len(w_scale), dtype=torch.float32)
 
 
@@ -75,14 +78,18 @@ def signed_weight(codes: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor,
     return (codes.to(torch.int16) - middle).to(torch.int8), correction
 
 
+def highest_code(act: nn.Module) -> int:
+    """Of this quantizer's inputs as a product takes them: MRQ's two regions are one each."""
+    return 2 ** (act.bits - 1) if isinstance(act, GeluQuantizer) else 2**act.bits - 1
+
+
 def why_not(v: Tensor, act: nn.Module) -> str:
     """Why this layer is not multiplied on this CPU's integers; "" if it is."""
     if not isinstance(act, UniformQuantizer | GeluQuantizer | TokenQuantizer):
         return "inputs in full precision"
     if v.shape[1] >= MAX_INPUTS:
         return "too many inputs"
-    highest = 2 ** (act.bits - 1) if isinstance(act, GeluQuantizer) else 2**act.bits - 1
-    if 2 * int(v.to(torch.int16).abs().max()) * highest > pair_limit():
+    if 2 * int(v.to(torch.int16).abs().max()) * highest_code(act) > pair_limit():
         return "this CPU's product of codes would saturate" if pair_limit() else "no such product"
     return ""
 
@@ -111,7 +118,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("correction", None if correction is None else correction * w_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("smooth", smooth)
-        self.act = act
+        self.act, self.run = act, longest_run(v, highest_code(act))
 
     def forward(self, x, group=None):
         x = x.float() if self.smooth is None else x.float() / self.smooth
@@ -140,7 +147,7 @@ class Int8Linear(nn.Module):
         weight, w_scale = self.weight, self.w_scale
         q = codes.to(torch.uint8)
         multiply = int8_op if torch.compiler.is_compiling() else int8_product
-        out = multiply(q, scale, zero_point.int(), group, weight, w_scale, bias)
+        out = multiply(q, scale, zero_point.int(), group, weight, self.run, w_scale, bias)
         if self.correction is None:
             return out
         if group is not None and scale.ndim:

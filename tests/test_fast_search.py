@@ -10,7 +10,7 @@ import quant_ops as q
 from common import fast_search
 from common.fast_search import FastSearch
 from common.quantizers import DynamicQuantizer
-from engine import onednn
+from engine import cpu_products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -132,36 +132,34 @@ def test_losses_are_on_integers_where_they_can(
         assert on_codes == (integers or inputs is not STATIC and isinstance(loss, q.InputLoss))
 
 
-@pytest.mark.skipif(onednn.pair_limit() == 0, reason="no u8 x s8 product on this CPU")
+@pytest.mark.skipif(cpu_products.pair_limit() == 0, reason="no u8 x s8 product on this CPU")
 @pytest.mark.parametrize("by_group", [False, True])
 @pytest.mark.parametrize("bits", [6, 4])
-def test_search_on_onednn_chooses_what_the_plain_search_chooses(monkeypatch, bits, by_group):
+def test_search_on_u8s8_chooses_what_the_plain_search_chooses(monkeypatch, bits, by_group):
     """CPUs without VNNI: the same scales from products of uint8 by int8 codes."""
     monkeypatch.setattr(fast_search, "has_int_unit", lambda device: False)
-    monkeypatch.setattr(onednn, "ENOUGH", 8)
+    monkeypatch.setattr(cpu_products, "ENOUGH", 8)
     W, (Q_W, tried), Q_X, grids, data = case = search_case(bits, False, by_group)
     for loss, candidates in ((q.WeightLoss(W, Q_X), tried), (q.InputLoss(W, Q_W), grids)):
-        assert fast_search.on_integers(loss, candidates, data).product is fast_search.ONEDNN
+        assert fast_search.on_integers(loss, candidates, data).product is fast_search.U8S8
     found, expected = (alternate(search, case, False) for search in (FastSearch(), q.search))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("limit, bits, inputs, pays", [
-    (onednn.SATURATING, (6, 6), 256, True),
-    (onednn.SATURATING, (7, 8), 256, False),  # 2 * 127 * 255 does not fit
-    (onednn.SATURATING, (6, 8), 256, True),  # 2 * 63 * 255 does
-    (onednn.EXACT, (8, 8), 256, False),  # a weight less its zero point may need nine bits
+    (cpu_products.SATURATING, (6, 6), 256, True),
+    (cpu_products.SATURATING, (7, 8), 256, False),  # 2 * 127 * 255 does not fit
+    (cpu_products.SATURATING, (6, 8), 256, True),  # 2 * 63 * 255 does
+    (cpu_products.EXACT, (8, 8), 256, False),  # a weight less its zero point may need nine bits
     (0, (4, 4), 256, False),  # no such product
-    (onednn.SATURATING, (6, 6), 255, False),  # too little work
+    (cpu_products.SATURATING, (6, 6), 255, False),  # too little work
 ])  # fmt: skip
-def test_onednn_is_taken_where_nothing_saturates_and_it_pays(
-    monkeypatch, limit, bits, inputs, pays
-):
+def test_u8s8_is_taken_where_nothing_saturates_and_it_pays(monkeypatch, limit, bits, inputs, pays):
     """The bound is that of two neighbouring products; after GELU the floating product is faster."""
-    monkeypatch.setattr(onednn, "pair_limit", lambda: limit)
+    monkeypatch.setattr(cpu_products, "pair_limit", lambda: limit)
     one, weight = torch.tensor(1.0), torch.zeros(8, inputs)
-    assert onednn.pays(weight, bits[0], q.UniformQuantizer(bits[1], one, one)) is pays
-    assert not onednn.pays(weight, bits[0], q.GeluQuantizer(bits[1], one, one))
+    assert cpu_products.pays(weight, bits[0], q.UniformQuantizer(bits[1], one, one)) is pays
+    assert not cpu_products.pays(weight, bits[0], q.GeluQuantizer(bits[1], one, one))
 
 
 @pytest.mark.slow

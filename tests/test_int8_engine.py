@@ -12,10 +12,10 @@ import quant_ops as q
 from common import quant_file
 from common.int8_engine import Int8Engine
 from common.quantizers import DynamicQuantizer
-from engine import onednn
+from engine import cpu_products
 
 needs_product = pytest.mark.skipif(
-    onednn.pair_limit() == 0, reason="no u8 x s8 product on this CPU"
+    cpu_products.pair_limit() == 0, reason="no u8 x s8 product on this CPU"
 )
 WIDTHS = [(2, 2), (4, 4), (4, 8), (6, 6), (6, 8), (7, 7), (8, 6), (8, 8)]
 
@@ -100,7 +100,7 @@ def test_plus_with_a_scale_for_each_token_runs_on_integers(tiny_run, tmp_path):
     assert made.returncode == 0, made.stderr
     artifact, engine = quant_file.load_quant(run / "quant_w6a6_plus.pt"), Int8Engine()
     integers = quant_file.build_quantized(artifact, "test", engine.make_layer)
-    assert engine.on_integers == 2 * 4 + (onednn.pair_limit() == onednn.EXACT)
+    assert engine.on_integers == 2 * 4 + (cpu_products.pair_limit() == cpu_products.EXACT)
     x, t, y = torch.randn(4, 3, 8, 8), torch.tensor([999, 999, 0, 400]), torch.arange(4)
     with torch.no_grad():
         expected = quant_file.build_quantized(artifact, "test")(x, t, y)
@@ -114,22 +114,24 @@ def test_a_saturating_product_is_never_taken():
     weight, Q_W = weight_and_grid(8)
     state = state_of(weight, Q_W, quantizer("uniform", 8, torch.tensor(1.0)))
     codes = torch.full((32, 64), 255, dtype=torch.uint8)
-    packed = onednn.pack(torch.full((16, 64), 127, dtype=torch.int8))
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
     one = torch.ones(16)
-    found = onednn.u8s8(codes, one[0], torch.tensor(0), packed, one, None)
+    found = cpu_products.u8s8(codes, one[0], torch.tensor(0), packed, 0, one, None)
     saturates = bool((found != 64 * 255 * 127).any())
-    assert saturates == (onednn.pair_limit() == onednn.SATURATING)
+    assert saturates == (cpu_products.pair_limit() == cpu_products.SATURATING)
     engine = Int8Engine()
     engine.make_layer(state)
     assert (engine.on_integers == 0) == saturates
     assert ("saturate" in engine.describe()) == saturates
 
 
-@pytest.mark.parametrize("limit, on_integers", [(0, 0), (onednn.SATURATING, 0), (onednn.EXACT, 1)])
+@pytest.mark.parametrize(
+    "limit, on_integers", [(0, 0), (cpu_products.SATURATING, 0), (cpu_products.EXACT, 1)]
+)
 def test_pair_limit_decides(monkeypatch, limit, on_integers):
     """An older torch or another processor has no product: everything is in floating point."""
     monkeypatch.setattr(e, "pair_limit", lambda: limit)
-    if limit == onednn.EXACT and not hasattr(torch.ops.onednn, "qlinear_prepack"):
+    if limit == cpu_products.EXACT and not hasattr(torch.ops.onednn, "qlinear_prepack"):
         pytest.skip("no u8 x s8 product in this torch")
     weight, Q_W = weight_and_grid(8)
     engine = Int8Engine()
@@ -209,7 +211,9 @@ def test_folded_layer_is_one_product_on_that_grid(w_bits, a_bits, groups, monkey
 
 
 @needs_product
-@pytest.mark.parametrize("limit, how", [(onednn.SATURATING, "exact"), (onednn.EXACT, "folded")])
+@pytest.mark.parametrize(
+    "limit, how", [(cpu_products.SATURATING, "exact"), (cpu_products.EXACT, "folded")]
+)
 def test_what_cannot_be_folded_exactly_stays_mrq(monkeypatch, limit, how):
     """7-bit weights by 8-bit codes would saturate without VNNI, where MRQ's two products do not."""
     monkeypatch.setattr(e, "pair_limit", lambda: limit)

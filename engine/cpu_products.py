@@ -1,8 +1,9 @@
-"""oneDNN's product of uint8 by int8 codes on a CPU, and how far it can be trusted.
+"""Products of uint8 by int8 codes on a CPU, and how far they can be trusted.
 
-Where the CPU has VNNI the product accumulates in int32. Other CPUs add pairs of products in 16 bits
+oneDNN's accumulates in int32 where the CPU has VNNI. Other CPUs add pairs of products in 16 bits
 first, which saturates beyond SATURATING: `pair_limit` finds out by trying, and nothing that could
-reach that far may be multiplied here.
+reach that far may be multiplied here. CPUs with AVX2 alone take the product of avx2.c, which is
+exact as far and faster.
 """
 
 from functools import cache
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine import avx2
 from quant_ops import UniformQuantizer, quantize
 
 EXACT = 2**31 - 1  # the sum of any two products of codes is held
@@ -19,12 +21,17 @@ ENOUGH = 256  # inputs of a layer, from which packing its candidates is worth it
 
 
 def pack(weight: Tensor) -> Tensor:
-    """int8 codes (O, I) in oneDNN's own layout."""
+    """int8 codes (O, I) in the layout of the product that multiplies them."""
+    if whose() == AVX2 and avx2.takes(weight):
+        return avx2.pack(weight)
     return torch.ops.onednn.qlinear_prepack(weight, None)
 
 
-def u8s8(codes, scale, zero_point, weight, w_scale, bias):
-    """scale (codes - zero_point) V^T w_scale + bias, of uint8 codes (..., I) and int8 V, packed."""
+def u8s8(codes, scale, zero_point, weight, run, w_scale, bias):
+    """scale (codes - zero_point) V^T w_scale + bias, of uint8 codes (..., I) and int8 V, packed.
+    `run` is that of `avx2.run_of`."""
+    if not weight.is_mkldnn:
+        return avx2.u8s8(codes, scale, zero_point, weight, run, w_scale, bias)
     none = torch.zeros(len(w_scale), dtype=torch.int32)  # a weight's zero point is ignored there
     output = 1.0, 0, torch.float32, "none", [], ""
     product = torch.ops.onednn.qlinear_pointwise
@@ -33,13 +40,14 @@ def u8s8(codes, scale, zero_point, weight, w_scale, bias):
 
 @cache
 def pair_limit() -> int:
-    """The largest sum of two products that this CPU's u8 x s8 product holds, found by trying: 0
-    where there is no such product."""
+    """The largest sum of two products that this CPU's u8 x s8 product holds, found by trying
+    oneDNN's: 0 where there is no such product."""
 
     def is_exact(weight_code):
         codes = torch.full((32, 64), 255, dtype=torch.uint8)
         weight = torch.full((16, 64), weight_code, dtype=torch.int8)
-        out = u8s8(codes, torch.tensor(1.0), torch.tensor(0), pack(weight), torch.ones(16), None)
+        weight = torch.ops.onednn.qlinear_prepack(weight, None)
+        out = u8s8(codes, torch.tensor(1.0), torch.tensor(0), weight, 0, torch.ones(16), None)
         return bool((out == 64 * 255 * weight_code).all())
 
     try:
@@ -50,47 +58,62 @@ def pair_limit() -> int:
         return 0
 
 
+AVX2 = "engine/avx2.c"
+
+
+@cache
+def whose() -> str:
+    """Whose product this CPU takes, and why it is oneDNN's where it could be the other."""
+    if pair_limit() == EXACT or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return "oneDNN"
+    return f"oneDNN ({avx2.why_not()})" if avx2.why_not() else AVX2
+
+
 # ------------------------------------------------------------------------------------------------
 # Phase 3's products of candidates, on CPUs without VNNI
 
 
 class Inputs(NamedTuple):
     """The values scale * (codes - zero_point), held as uint8 codes (R, I). `scale` and `zero_point`
-    are (), or a column (R, 1) for one of each row."""
+    are (), or a column (R, 1) for one of each row. No code is above `highest`."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    highest: int
 
 
 class Weight(NamedTuple):
-    """The values scale * v, held as int8 v = q - z (O, I), packed; scale and the sums of v (O,)."""
+    """The values scale * v, held as int8 v = q - z (O, I), packed; scale and the sums of v (O,). No
+    |v| is above `largest`."""
 
     packed: Tensor
     scale: Tensor
     row_sum: Tensor
+    largest: int
 
 
 def input_codes(Q_X: UniformQuantizer, x: Tensor, group) -> Inputs:
     """Inputs (R, I) of these time groups (R,) as codes."""
     scale, zero_point = Q_X.params_for(x, group)
-    return Inputs(quantize(x, scale, zero_point, Q_X.bits).to(torch.uint8), scale, zero_point)
+    codes = quantize(x, scale, zero_point, Q_X.bits).to(torch.uint8)
+    return Inputs(codes, scale, zero_point, 2**Q_X.bits - 1)
 
 
 def weight_codes(Q_W: UniformQuantizer, weight: Tensor) -> Weight:
     """A weight (O, I) as codes less their zero points."""
     v = quantize(weight, Q_W.scale, Q_W.zero_point, Q_W.bits).sub_(Q_W.zero_point)
     scale = Q_W.scale.flatten().expand(len(weight)).contiguous()
-    return Weight(pack(v.to(torch.int8)), scale, v.sum(dim=1))
+    return Weight(pack(v.to(torch.int8)), scale, v.sum(dim=1), int(v.abs().max()))
 
 
 def error(a: Inputs, weight: Weight, z: Tensor) -> Tensor:
     """z (R, O) less the product of the inputs and the weight's transpose."""
+    operand = weight.packed, avx2.run_of(weight.largest, a.highest)
     if a.scale.ndim == 0:
-        zero_point = a.zero_point.int()
-        return z - u8s8(a.codes, a.scale, zero_point, weight.packed, weight.scale, None)
+        return z - u8s8(a.codes, a.scale, a.zero_point.int(), *operand, weight.scale, None)
     one, zero = torch.ones(()), torch.zeros((), dtype=torch.int32)
-    product = u8s8(a.codes, one, zero, weight.packed, torch.ones_like(weight.scale), None)
+    product = u8s8(a.codes, one, zero, *operand, torch.ones_like(weight.scale), None)
     product.addcmul_(a.zero_point, weight.row_sum, value=-1)  # sum (q - z) v = sum q v - z sum v
     return torch.addcmul(z, product, a.scale * weight.scale, value=-1)
 
