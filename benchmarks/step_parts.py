@@ -29,9 +29,8 @@ from processes import machine
 from sampling import FULL, add_input_flag, make_models, ours, widths
 
 from common.cli import run_script
+from engine.cpu_products import pack, pair_limit, run_of_layer, u8s8
 from engine.int8_linear import Int8Linear
-from engine.avx2 import run_of
-from engine.cpu_products import pack, pair_limit, u8s8
 from models_dit import Linear, MatMul, explicit_products
 from quant_ops import QuantLinear, QuantMatMul
 
@@ -98,8 +97,9 @@ def rates(size=1536):
     found["bytes"] = rate(lambda: target.copy_(source), 8 * len(source))
     if pair_limit():
         codes, scale = torch.randint(64, (size, size), dtype=torch.uint8), torch.ones(size)
-        of_weight = pack(codes.to(torch.int8) - 32), run_of(32, 63), scale, None
-        operands = codes, scale[0], torch.tensor(0), *of_weight
+        weight = codes.to(torch.int8) - 32
+        run = run_of_layer(weight, 63)
+        operands = codes, scale[0], torch.tensor(0), pack(weight, run), run, scale, None
         found["codes"] = rate(lambda: u8s8(*operands), 2 * size**3)
     return found
 

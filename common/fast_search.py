@@ -118,9 +118,12 @@ def _by_triton(inputs, weight, chunk, dim=None):
 CODES = int_products.input_codes, int_products.weight_codes
 INT_MM = Product(*CODES, partial(_of_error, int_products.int_error))
 TRITON = Product(*CODES, _by_triton)
-U8S8 = Product(
-    cpu_products.input_codes, cpu_products.weight_codes, partial(_of_error, cpu_products.error)
-)
+
+
+def _u8s8(Q_X):
+    """For inputs of so many bits as this quantizer's."""
+    weight_codes = partial(cpu_products.weight_codes, highest=2**Q_X.bits - 1)
+    return Product(cpu_products.input_codes, weight_codes, partial(_of_error, cpu_products.error))
 
 
 def on_integers(loss, candidates, data):
@@ -139,7 +142,7 @@ def on_integers(loss, candidates, data):
     if has_int_unit(device):
         return twin(*loss, INT_MM) if takes_shapes(rows, W, device) else loss
     if device.type == "cpu" and cpu_products.pays(W, bits, Q_X):
-        return twin(*loss, U8S8)
+        return twin(*loss, _u8s8(Q_X))
     return loss
 
 

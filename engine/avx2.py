@@ -41,20 +41,25 @@ def run_of(largest: int, highest: int) -> int:
 
 
 def longest_run(weight: Tensor, highest: int) -> int:
-    """The same of these int8 codes (O, I), which are seldom large next to each other; a power of 2.
+    """The same of these int8 codes (O, I), which are seldom large next to each other: a power of 2.
+    `highest` is 2 or more.
 
     A sum is never above that of its weights above zero times `highest`, nor below that of the
     others. Those of a run are added up, then those of two runs, as long as the largest fits.
     """
-    signs = torch.stack([weight.clamp(min=0), weight.clamp(max=0)]).int().abs()
-    sums, run = signs.unflatten(-1, (-1, STEP // 2, 2)).sum(dim=-1, dtype=torch.int32), 0
-    while int(sums.max()) * highest <= LARGEST:
-        run = max(1, 2 * run)
-        if sums.shape[2] == 1:
-            break
-        sums = F.pad(sums, (0, 0, 0, sums.shape[2] % 2))
-        sums = sums.unflatten(2, (-1, 2)).sum(dim=3, dtype=torch.int32)
-    return run
+    signs = weight.clamp(min=0).short(), weight.clamp(max=0).short().neg()
+    runs = []
+    for one_sign in signs:
+        sums, run = one_sign[:, ::2] + one_sign[:, 1::2], 0
+        sums = sums.unflatten(1, (-1, STEP // 2))  # in 16 bits: twice LARGEST / 2 fits
+        while int(sums.max()) * highest <= LARGEST:
+            run = max(1, 2 * run)
+            if sums.shape[1] == 1:
+                break
+            sums = F.pad(sums, (0, 0, 0, sums.shape[1] % 2))
+            sums = sums[:, ::2] + sums[:, 1::2]
+        runs.append(run)
+    return min(runs)
 
 
 def u8s8(codes, scale, zero_point, weight, run, w_scale, bias):

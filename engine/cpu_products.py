@@ -3,7 +3,7 @@
 oneDNN's accumulates in int32 where the CPU has VNNI. Other CPUs add pairs of products in 16 bits
 first, which saturates beyond SATURATING: `pair_limit` finds out by trying, and nothing that could
 reach that far may be multiplied here. CPUs with AVX2 alone take the product of avx2.c, which is
-exact as far and faster.
+exact as far and, where it may add more than one of those sums in 16 bits (its `run`), faster.
 """
 
 from functools import cache
@@ -20,16 +20,22 @@ SATURATING = 2**15 - 1  # pairs of products are added in 16 bits
 ENOUGH = 256  # inputs of a layer, from which packing its candidates is worth it
 
 
-def pack(weight: Tensor) -> Tensor:
-    """int8 codes (O, I) in the layout of the product that multiplies them."""
-    if whose() == AVX2 and avx2.takes(weight):
+def run_of_layer(weight: Tensor, highest: int) -> int:
+    """The run of int8 codes (O, I) and inputs up to `highest`; 0 where only oneDNN multiplies."""
+    own = whose() == AVX2 and avx2.takes(weight)
+    return avx2.longest_run(weight, highest) if own else 0
+
+
+def pack(weight: Tensor, run: int) -> Tensor:
+    """int8 codes (O, I) in the layout of the product that is the faster for this run."""
+    if run > 1 and whose() == AVX2 and avx2.takes(weight):
         return avx2.pack(weight)
     return torch.ops.onednn.qlinear_prepack(weight, None)
 
 
 def u8s8(codes, scale, zero_point, weight, run, w_scale, bias):
     """scale (codes - zero_point) V^T w_scale + bias, of uint8 codes (..., I) and int8 V, packed.
-    `run` is that of `avx2.run_of`."""
+    oneDNN's does not ask for the run."""
     if not weight.is_mkldnn:
         return avx2.u8s8(codes, scale, zero_point, weight, run, w_scale, bias)
     none = torch.zeros(len(w_scale), dtype=torch.int32)  # a weight's zero point is ignored there
@@ -75,41 +81,40 @@ def whose() -> str:
 
 class Inputs(NamedTuple):
     """The values scale * (codes - zero_point), held as uint8 codes (R, I). `scale` and `zero_point`
-    are (), or a column (R, 1) for one of each row. No code is above `highest`."""
+    are (), or a column (R, 1) for one of each row."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
-    highest: int
 
 
 class Weight(NamedTuple):
-    """The values scale * v, held as int8 v = q - z (O, I), packed; scale and the sums of v (O,). No
-    |v| is above `largest`."""
+    """The values scale * v, held as int8 v = q - z (O, I), packed, with their run; scale and the
+    sums of v (O,)."""
 
     packed: Tensor
+    run: int
     scale: Tensor
     row_sum: Tensor
-    largest: int
 
 
 def input_codes(Q_X: UniformQuantizer, x: Tensor, group) -> Inputs:
     """Inputs (R, I) of these time groups (R,) as codes."""
     scale, zero_point = Q_X.params_for(x, group)
-    codes = quantize(x, scale, zero_point, Q_X.bits).to(torch.uint8)
-    return Inputs(codes, scale, zero_point, 2**Q_X.bits - 1)
+    return Inputs(quantize(x, scale, zero_point, Q_X.bits).to(torch.uint8), scale, zero_point)
 
 
-def weight_codes(Q_W: UniformQuantizer, weight: Tensor) -> Weight:
-    """A weight (O, I) as codes less their zero points."""
+def weight_codes(Q_W: UniformQuantizer, weight: Tensor, highest: int) -> Weight:
+    """A weight (O, I) as codes less their zero points, for inputs whose codes reach `highest`."""
     v = quantize(weight, Q_W.scale, Q_W.zero_point, Q_W.bits).sub_(Q_W.zero_point)
     scale = Q_W.scale.flatten().expand(len(weight)).contiguous()
-    return Weight(pack(v.to(torch.int8)), scale, v.sum(dim=1), int(v.abs().max()))
+    run = avx2.run_of(int(v.abs().max()), highest)
+    return Weight(pack(v.to(torch.int8), run), run, scale, v.sum(dim=1))
 
 
 def error(a: Inputs, weight: Weight, z: Tensor) -> Tensor:
     """z (R, O) less the product of the inputs and the weight's transpose."""
-    operand = weight.packed, avx2.run_of(weight.largest, a.highest)
+    operand = weight.packed, weight.run
     if a.scale.ndim == 0:
         return z - u8s8(a.codes, a.scale, a.zero_point.int(), *operand, weight.scale, None)
     one, zero = torch.ones(()), torch.zeros((), dtype=torch.int32)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from engine import avx2, cpu_products
+from engine.int8_linear import Int8Linear
+from quant_ops import GeluQuantizer, UniformQuantizer
 
 needs_it = pytest.mark.skipif(bool(avx2.why_not()), reason=avx2.why_not())
 
@@ -81,6 +84,30 @@ def test_it_is_told_whether_the_result_is_right(monkeypatch):
     assert avx2._is_exact()
     monkeypatch.setattr(avx2, "LARGEST", 2**16)
     assert not avx2._is_exact()
+
+
+@needs_it
+@pytest.mark.parametrize("kind", ["uniform", "gelu"])
+@pytest.mark.parametrize("largest, inputs, bits, panels", [
+    (32, 64, 6, True), (8, 64, 8, True), (64, 64, 8, False), (32, 66, 6, False),
+])  # fmt: skip
+def test_a_layer_takes_it_where_runs_are_longer_than_one(
+    monkeypatch, kind, largest, inputs, bits, panels
+):
+    """Where it is this CPU's: sizes it does not take, and single sums, are left to oneDNN. Either
+    way the layer is the product of fake-quantized operands."""
+    if cpu_products.pair_limit() == 0:
+        pytest.skip("no u8 x s8 product on this CPU")
+    monkeypatch.setattr(cpu_products, "whose", lambda: cpu_products.AVX2)
+    scale, zero_point = torch.tensor([0.1, 0.2]), torch.full((2,), 2.0 ** (bits - 1))
+    act = UniformQuantizer(bits, scale, zero_point)
+    act = act if kind == "uniform" else GeluQuantizer(bits, scale / 9, scale)
+    v = (largest - torch.arange(16)[:, None]).expand(16, inputs).to(torch.int8)
+    layer = Int8Linear(v, None, torch.tensor(0.01), torch.arange(16.0), act)
+    assert layer.weight.is_mkldnn != panels
+    x, group = 9 * torch.randn(4, 5, inputs), torch.tensor([1, 0, 0, 1])
+    expected = F.linear(act(x, group).double(), 0.01 * v.double(), layer.bias.double())
+    assert (layer(x, group) - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("found, reason", [(None, "no C compiler"), ("false", "does not compile")])

@@ -141,7 +141,8 @@ def test_search_on_u8s8_chooses_what_the_plain_search_chooses(monkeypatch, bits,
     monkeypatch.setattr(cpu_products, "ENOUGH", 8)
     W, (Q_W, tried), Q_X, grids, data = case = search_case(bits, False, by_group)
     for loss, candidates in ((q.WeightLoss(W, Q_X), tried), (q.InputLoss(W, Q_W), grids)):
-        assert fast_search.on_integers(loss, candidates, data).product is fast_search.U8S8
+        inputs = fast_search.on_integers(loss, candidates, data).product.inputs
+        assert inputs is cpu_products.input_codes
     found, expected = (alternate(search, case, False) for search in (FastSearch(), q.search))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
