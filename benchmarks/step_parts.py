@@ -29,7 +29,7 @@ from processes import machine
 from sampling import FULL, add_input_flag, make_models, ours, widths
 
 from common.cli import run_script
-from engine.cpu_products import pack, pair_limit, run_of_layer, u8s8
+from engine.cpu_products import pack, pair_limit, u8s8
 from engine.int8_linear import Int8Linear
 from models_dit import Linear, MatMul, explicit_products
 from quant_ops import QuantLinear, QuantMatMul
@@ -97,9 +97,8 @@ def rates(size=1536):
     found["bytes"] = rate(lambda: target.copy_(source), 8 * len(source))
     if pair_limit():
         codes, scale = torch.randint(64, (size, size), dtype=torch.uint8), torch.ones(size)
-        weight = codes.to(torch.int8) - 32
-        run = run_of_layer(weight, 63)
-        operands = codes, scale[0], torch.tensor(0), pack(weight, run), run, scale, None
+        weight = pack(codes.to(torch.int8) - 32, highest=63)
+        operands = codes, scale[0], torch.tensor(0), *weight, scale, None
         found["codes"] = rate(lambda: u8s8(*operands), 2 * size**3)
     return found
 

@@ -121,7 +121,7 @@ TRITON = Product(*CODES, _by_triton)
 
 
 def _u8s8(Q_X):
-    """For inputs of so many bits as this quantizer's."""
+    """The product of uint8 by int8 codes, for inputs of this quantizer's bits."""
     weight_codes = partial(cpu_products.weight_codes, highest=2**Q_X.bits - 1)
     return Product(cpu_products.input_codes, weight_codes, partial(_of_error, cpu_products.error))
 

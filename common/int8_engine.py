@@ -54,7 +54,8 @@ class Int8Engine:
 
     def __init__(self, name="int8", device=CPU):
         self.name, self.on_integers, self.reasons = name, 0, Counter()
-        self.after_gelu, self.attentions, self.whole = Counter(), 0, False
+        self.after_gelu, self.products = Counter(), Counter()
+        self.attentions, self.whole = 0, False
         self.on_cuda = device.type == "cuda"
         self.why_not, self.linear, self.no_triton = why_not, Int8Linear, None
         if self.on_cuda:
@@ -79,7 +80,9 @@ class Int8Engine:
             return PackedLinear(v, correction, packed["scale"], state["bias"], act, smooth)
         self.on_integers += 1
         self.after_gelu.update([how] if how else [])
-        return self.linear(v, correction, packed["scale"], state["bias"], act, smooth)
+        layer = self.linear(v, correction, packed["scale"], state["bias"], act, smooth)
+        self.products.update([] if self.on_cuda else [cpu_products.whose_is(layer.run)])
+        return layer
 
     def beyond(self, state):
         """What a state has that is no product of codes here; "" if nothing."""
@@ -118,8 +121,8 @@ class Int8Engine:
         line = f"engine {self.name}: {self.on_integers} layers on integer codes"
         if self.no_triton is not None:
             line += f" by torch._int_mm ({self.no_triton})" if self.no_triton else " by Triton"
-        elif self.on_integers:
-            line += f" by {cpu_products.whose()}"
+        elif self.products:
+            line += f" by {' and '.join(self.products)}"
         for how, count in self.after_gelu.items():
             line += f"; {count} of them after GELU (MRQ {how})"
         line += f"; {self.attentions} attentions in one kernel each" * (self.attentions > 0)

@@ -34,15 +34,15 @@ def pack(weight: Tensor) -> Tensor:
     return panels.transpose(1, 2).contiguous()
 
 
-def run_of(largest: int, highest: int) -> int:
-    """How many sums of two products fit in 16 bits, if no weight's |code| is above `largest` and no
-    input's above `highest`; 0 if not even one does."""
+def quick_run(weight: Tensor, highest: int) -> int:
+    """How many sums of two products fit in 16 bits, whatever the order of these int8 codes (O, I),
+    if no input's code is above `highest`; 0 if not even one does."""
+    largest = int(weight.short().abs().max())
     return LARGEST // max(2 * largest * highest, 1)
 
 
 def longest_run(weight: Tensor, highest: int) -> int:
-    """The same of these int8 codes (O, I), which are seldom large next to each other: a power of 2.
-    `highest` is 2 or more.
+    """The same in their order, in which they are seldom large next to each other: a power of 2.
 
     A sum is never above that of its weights above zero times `highest`, nor below that of the
     others. Those of a run are added up, then those of two runs, as long as the largest fits.
@@ -51,8 +51,8 @@ def longest_run(weight: Tensor, highest: int) -> int:
     runs = []
     for one_sign in signs:
         sums, run = one_sign[:, ::2] + one_sign[:, 1::2], 0
-        sums = sums.unflatten(1, (-1, STEP // 2))  # in 16 bits: twice LARGEST / 2 fits
-        while int(sums.max()) * highest <= LARGEST:
+        sums = sums.unflatten(1, (-1, STEP // 2))
+        while int(sums.max()) * max(highest, 2) <= LARGEST:  # so twice as much is an int16
             run = max(1, 2 * run)
             if sums.shape[1] == 1:
                 break
@@ -65,29 +65,33 @@ def longest_run(weight: Tensor, highest: int) -> int:
 def u8s8(codes, scale, zero_point, weight, run, w_scale, bias):
     """scale (codes - zero_point) V^T w_scale + bias, float32 (..., O), of uint8 codes (..., I) and
     int8 V, packed; scale () and zero_point () int32, w_scale (O,), bias (O,) or None. `run` is that
-    of the codes; ValueError if it is 0: their products would saturate."""
+    of the codes. ValueError if it is 0, for products would saturate, or if sizes do not fit."""
+    channels, inputs = CHANNELS * len(weight), STEP * weight.shape[1]
     if run < 1:
         raise ValueError("codes too large for sums in 16 bits")
-    *rows, inputs = codes.shape
-    codes, out = codes.contiguous(), torch.empty(*rows, len(w_scale))
-    scale = scale * w_scale
-    bias = torch.zeros_like(scale) if bias is None else bias.contiguous()
+    if codes.dtype != torch.uint8 or codes.shape[-1] != inputs or len(w_scale) != channels:
+        raise ValueError(f"codes {codes.dtype} {(*codes.shape,)} and a weight {channels, inputs}")
+    codes, scale = codes.contiguous(), (scale * w_scale).float()
+    bias = torch.zeros_like(scale) if bias is None else bias.float().contiguous()
+    out = codes.new_empty(*codes.shape[:-1], channels, dtype=torch.float32)
     at = [tensor.data_ptr() for tensor in (codes, weight, scale, bias, out)]
-    sizes = out.numel() // len(w_scale), len(w_scale), inputs
+    sizes = codes.numel() // inputs, channels, inputs
     library().product(*at, *sizes, int(zero_point), run, torch.get_num_threads())
     return out
+
+
+def compiler() -> str | None:
+    """The C compiler: $CC, if that is the name of one, or the machine's."""
+    names = os.environ.get("CC"), "cc", "gcc", "clang"
+    return next((name for name in names if name and shutil.which(name)), None)
 
 
 @cache
 def library() -> ctypes.CDLL:
     """avx2.c, compiled. Raises OSError or subprocess.CalledProcessError."""
-    names = os.environ.get("CC"), "cc", "gcc", "clang"
-    compiler = next((name for name in names if name and shutil.which(name)), None)
-    if compiler is None:
-        raise FileNotFoundError("no C compiler")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "avx2.so")
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+        command = [compiler(), *FLAGS, str(SOURCE), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True)
         loaded = ctypes.CDLL(str(made))  # stays when its file is gone
     pointer, number = ctypes.c_void_p, ctypes.c_long
@@ -99,25 +103,27 @@ def library() -> ctypes.CDLL:
 @cache
 def why_not() -> str:
     """Why this product is not to be taken here; "" if it is."""
-    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return "this CPU has no AVX2"
-    try:
-        library()
-    except FileNotFoundError:
+    if compiler() is None:
         return "no C compiler"
+    try:
+        return "" if _is_exact() else f"{SOURCE.name} is wrong here"
     except (OSError, subprocess.CalledProcessError):
-        return f"{SOURCE.name} does not compile here"
-    return "" if _is_exact() else f"{SOURCE.name} is wrong here"
+        return f"{SOURCE.name} does not compile or load here"
 
 
 def _is_exact() -> bool:
-    """Whether the largest sums that fit are right, of many and of few bits."""
-    one = torch.ones(16)
+    """Whether sums are right: of random codes, and the largest, of many bits and of few."""
+    one, generator = torch.ones(16), torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (5, 600), generator=generator).to(torch.uint8)
+    weight = torch.randint(-8, 9, (16, 600), generator=generator).to(torch.int8)
+    cases = [(codes, weight)]
     for highest, weight_code in (255, 64), (255, -64), (15, 8), (15, -8):
-        codes = torch.full((5, 600), highest, dtype=torch.uint8)
-        weight = torch.full((16, 600), weight_code, dtype=torch.int8)
-        run = run_of(abs(weight_code), highest)
+        cases.append((torch.full_like(codes, highest), torch.full_like(weight, weight_code)))
+    for codes, weight in cases:
+        run = quick_run(weight, int(codes.max()))
         out = u8s8(codes, one[0], torch.tensor(1), pack(weight), run, one, None)
-        if bool((out != 600 * (highest - 1) * weight_code).any()):
+        if not torch.equal(out, (codes.float() - 1) @ weight.float().T):  # all below 2^24
             return False
     return True

@@ -17,26 +17,24 @@ from quant_ops import UniformQuantizer, quantize
 
 EXACT = 2**31 - 1  # the sum of any two products of codes is held
 SATURATING = 2**15 - 1  # pairs of products are added in 16 bits
+AVX2 = "engine/avx2.c"
 ENOUGH = 256  # inputs of a layer, from which packing its candidates is worth it
 
 
-def run_of_layer(weight: Tensor, highest: int) -> int:
-    """The run of int8 codes (O, I) and inputs up to `highest`; 0 where only oneDNN multiplies."""
-    own = whose() == AVX2 and avx2.takes(weight)
-    return avx2.longest_run(weight, highest) if own else 0
-
-
-def pack(weight: Tensor, run: int) -> Tensor:
-    """int8 codes (O, I) in the layout of the product that is the faster for this run."""
-    if run > 1 and whose() == AVX2 and avx2.takes(weight):
-        return avx2.pack(weight)
-    return torch.ops.onednn.qlinear_prepack(weight, None)
+def pack(weight: Tensor, highest: int, run_of=avx2.longest_run) -> tuple[Tensor, int]:
+    """int8 codes (O, I) in the layout of the product that is the faster for inputs up to `highest`,
+    and their run, 0 for oneDNN's. `run_of`: that, or quick_run."""
+    if whose() == AVX2 and avx2.takes(weight):
+        run = run_of(weight, highest)
+        if run > 1:
+            return avx2.pack(weight), run
+    return torch.ops.onednn.qlinear_prepack(weight, None), 0
 
 
 def u8s8(codes, scale, zero_point, weight, run, w_scale, bias):
-    """scale (codes - zero_point) V^T w_scale + bias, of uint8 codes (..., I) and int8 V, packed.
-    oneDNN's does not ask for the run."""
-    if not weight.is_mkldnn:
+    """scale (codes - zero_point) V^T w_scale + bias, of uint8 codes (..., I) and int8 V, packed,
+    with its run."""
+    if run:
         return avx2.u8s8(codes, scale, zero_point, weight, run, w_scale, bias)
     none = torch.zeros(len(w_scale), dtype=torch.int32)  # a weight's zero point is ignored there
     output = 1.0, 0, torch.float32, "none", [], ""
@@ -64,15 +62,17 @@ def pair_limit() -> int:
         return 0
 
 
-AVX2 = "engine/avx2.c"
-
-
 @cache
 def whose() -> str:
     """Whose product this CPU takes, and why it is oneDNN's where it could be the other."""
     if pair_limit() == EXACT or torch.backends.cpu.get_cpu_capability() != "AVX2":
         return "oneDNN"
     return f"oneDNN ({avx2.why_not()})" if avx2.why_not() else AVX2
+
+
+def whose_is(run: int) -> str:
+    """Whose product multiplies a weight that was packed with this run."""
+    return AVX2 if run else "oneDNN" if whose() == AVX2 else whose()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -108,8 +108,7 @@ def weight_codes(Q_W: UniformQuantizer, weight: Tensor, highest: int) -> Weight:
     """A weight (O, I) as codes less their zero points, for inputs whose codes reach `highest`."""
     v = quantize(weight, Q_W.scale, Q_W.zero_point, Q_W.bits).sub_(Q_W.zero_point)
     scale = Q_W.scale.flatten().expand(len(weight)).contiguous()
-    run = avx2.run_of(int(v.abs().max()), highest)
-    return Weight(pack(v.to(torch.int8), run), run, scale, v.sum(dim=1))
+    return Weight(*pack(v.to(torch.int8), highest, avx2.quick_run), scale, v.sum(dim=1))
 
 
 def error(a: Inputs, weight: Weight, z: Tensor) -> Tensor:

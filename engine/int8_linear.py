@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from engine.cpu_products import pack, pair_limit, run_of_layer, u8s8
+from engine.cpu_products import pack, pair_limit, u8s8
 from engine.int_products import MAX_INPUTS
 from engine.token_quantizer import TokenQuantizer
 from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, qparams_from_range, quantize
@@ -112,8 +112,8 @@ class Int8Linear(nn.Module):
         if isinstance(act, TokenQuantizer):  # sums of the rows of the weight
             sums = v.sum(dim=1) - v.shape[1] * (0 if correction is None else correction)
             self.register_buffer("w_sum", sums * w_scale)
-        self.run = run_of_layer(v, highest_code(act))
-        self.register_buffer("weight", pack(v, self.run))
+        weight, self.run = pack(v, highest_code(act))
+        self.register_buffer("weight", weight)
         self.register_buffer("w_scale", w_scale)
         self.register_buffer("correction", None if correction is None else correction * w_scale)
         self.register_buffer("bias", bias)

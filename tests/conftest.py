@@ -160,12 +160,16 @@ def linear_data(grad, out=None, x=None, group=None, rows=7):
     return LayerData([LinearChunk(*chunk) for chunk in chunks], torch.device("cpu"), num_groups)
 
 
-def search_case(bits, gelu, by_group):
-    """A layer (24, 32), candidates of weight and input, their starts, and data of three groups."""
+def search_case(bits, gelu, by_group, shape=(24, 32), mean=0.0):
+    """A layer, candidates of weight and input, their starts, and data of three groups."""
     torch.manual_seed(bits)
-    W, x, group = torch.randn(24, 32) / 8, 2 * torch.randn(60, 32), torch.arange(60) // 20
+    W, x, group = (
+        torch.randn(shape) / 8 + mean,
+        2 * torch.randn(60, shape[1]),
+        torch.arange(60) // 20,
+    )
     x = torch.nn.functional.gelu(x) if gelu else x
-    data = linear_data(torch.randn(60, 24), x @ W.T, x, group, rows=25)
+    data = linear_data(torch.randn(60, shape[0]), x @ W.T, x, group, rows=25)
     ends = x.aminmax() if not by_group else x.view(3, -1).aminmax(dim=1)
     Q_X, grids = (q.gelu_candidates if gelu else q.uniform_candidates)(*ends, bits)
     return W, q.uniform_candidates(*W.aminmax(dim=1, keepdim=True), bits), Q_X, grids, data

@@ -10,7 +10,7 @@ import quant_ops as q
 from common import fast_search
 from common.fast_search import FastSearch
 from common.quantizers import DynamicQuantizer
-from engine import cpu_products
+from engine import avx2, cpu_products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -133,18 +133,32 @@ def test_losses_are_on_integers_where_they_can(
 
 
 @pytest.mark.skipif(cpu_products.pair_limit() == 0, reason="no u8 x s8 product on this CPU")
+@pytest.mark.parametrize("whose", ["oneDNN", cpu_products.AVX2])
 @pytest.mark.parametrize("by_group", [False, True])
 @pytest.mark.parametrize("bits", [6, 4])
-def test_search_on_u8s8_chooses_what_the_plain_search_chooses(monkeypatch, bits, by_group):
-    """CPUs without VNNI: the same scales from products of uint8 by int8 codes."""
+def test_search_on_u8s8_chooses_what_the_plain_search_chooses(monkeypatch, bits, by_group, whose):
+    """CPUs without VNNI: the same scales from products of uint8 by int8 codes, oneDNN's or ours;
+    most weights have one sign, so that sums are large."""
+    if whose == cpu_products.AVX2 and avx2.why_not():
+        pytest.skip(avx2.why_not())
     monkeypatch.setattr(fast_search, "has_int_unit", lambda device: False)
-    monkeypatch.setattr(cpu_products, "ENOUGH", 8)
-    W, (Q_W, tried), Q_X, grids, data = case = search_case(bits, False, by_group)
+    monkeypatch.setattr(cpu_products, "whose", lambda: whose)
+    case = search_case(bits, False, by_group, (32, 256), mean=0.3)
+    W, (Q_W, tried), Q_X, grids, data = case
     for loss, candidates in ((q.WeightLoss(W, Q_X), tried), (q.InputLoss(W, Q_W), grids)):
-        inputs = fast_search.on_integers(loss, candidates, data).product.inputs
-        assert inputs is cpu_products.input_codes
+        product = fast_search.on_integers(loss, candidates, data).product
+        assert product.inputs is cpu_products.input_codes
+        assert bool(product.weight(Q_W, W).run) == (whose == cpu_products.AVX2)
     found, expected = (alternate(search, case, False) for search in (FastSearch(), q.search))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(cpu_products.pair_limit() == 0, reason="no u8 x s8 product on this CPU")
+def test_a_scale_of_zero_does_not_stop_a_search():
+    """Nor do weights that are no number: codes are NaN before they are int8."""
+    Q_W = q.UniformQuantizer(6, torch.zeros(32, 1), torch.zeros(32, 1))
+    codes = cpu_products.weight_codes(Q_W, torch.zeros(32, 256), highest=63)
+    assert codes.row_sum.isnan().all()
 
 
 @pytest.mark.parametrize("limit, bits, inputs, pays", [

@@ -169,6 +169,11 @@ def test_model_of_a_quant_file_runs_on_integers(tiny_run):
     integers = quant_file.build_quantized(artifact, "test", engine.make_layer)
     floats = quant_file.build_quantized(artifact, "test")
     assert engine.on_integers == 2 * 4 + 1 and "1 (convolution)" in engine.describe()
+    assert "9 layers on integer codes by" in engine.describe()
+    assert sum(engine.products.values()) == 9 and {*engine.products} & {
+        "oneDNN",
+        cpu_products.whose(),
+    }
     x, t, y = torch.randn(4, 3, 8, 8), torch.tensor([999, 999, 0, 400]), torch.arange(4)
     expected, found = floats(x, t, y), integers(x, t, y)
     assert (found - expected).norm() < 0.05 * expected.norm()  # codes at ties may differ
