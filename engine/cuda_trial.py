@@ -78,15 +78,18 @@ def _exact_norm(device):
 
 
 def _exact_attention(device):
-    """Where all keys are the same, the result is the mean of v: 31 steps of 8, in all 24 columns of
-    each of two heads."""
-    qkv = torch.full((2, 64, 3 * 48), 248.0, device=device)
+    """Where all keys are the same, the result is the mean of v: 31 steps of 8, in all 72 columns of
+    each of two heads. Of one tile of keys, and of two."""
     one, zero = (torch.full((), n, device=device) for n in (1.0, 0.0))
     eighth, scale1 = (torch.full((), 2.0**-n, device=device) for n in (3, 12))
-    qkv = qkv.bfloat16() if device.type == "cuda" else qkv
-    scales, then = [0.001 * one, 0.001 * one, eighth], [one, zero.int(), one.expand(48).clone()]
-    codes, sums = attention(qkv, None, 2, scales, scale1, 128.0, then, 128, True)
-    return bool((codes == 31).all() and (sums == 31 * 48).all())
+    scales, then = [0.001 * one, 0.001 * one, eighth], [one, zero.int(), one.expand(144).clone()]
+    for tokens in 64, 128:
+        qkv = torch.full((2, tokens, 3 * 144), 248.0, device=device)
+        qkv = qkv.bfloat16() if device.type == "cuda" else qkv
+        codes, sums = attention(qkv, None, 2, scales, scale1, 128.0, then, 128, True)
+        if bool((codes != 31).any() or (sums != 31 * 144).any()):
+            return False
+    return True
 
 
 if __name__ == "__main__":

@@ -118,6 +118,15 @@ def attention_kernel(
         store_codes(out, row_sum, x2, rows, columns2, D, S, WIDTH, scale, zero, smooth, half)
 
 
+def parts_of(tokens, width):
+    """A head's columns as the kernel takes them, `split`; where all keys are one tile, in one part:
+    of two that are uneven ptxas 12.8, which comes with Triton 3.6, makes machine code that takes
+    the address of v's second part from a register that nothing has written. ptxas 12.9 does not."""
+    if tokens > TILE[1]:
+        return split(width)
+    return max(16, triton.next_power_of_2(width)), 0
+
+
 def attention(qkv, group, heads, scales, softmax, levels, then, half, with_sums):
     """`cuda_products.attention`."""
     samples, tokens, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
@@ -129,6 +138,7 @@ def attention(qkv, group, heads, scales, softmax, levels, then, half, with_sums)
         out, sums if with_sums else None, qkv.contiguous(), group,
         *scales, softmax, int(softmax.ndim > 0), levels,
         scale, zero_point, int(scale.ndim > 0), smooth, half,
-        tokens, heads, D // heads, *split(D // heads), M, N, num_warps=warps, num_stages=stages,
+        tokens, heads, D // heads, *parts_of(tokens, D // heads), M, N,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, sums

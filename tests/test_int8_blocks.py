@@ -130,6 +130,8 @@ def attention_of(heads, width, factor, bits=(8, 8, 8, 8), scale1=2.0**-10, smoot
         (70, 2, 72, (5, 8, 8, 6), 2.0**-18, True),
         (256, 2, 8, (8, 3, 6, 8), 2.0**-4, False),
         (130, 1, 32, (4, 2, 4, 8), 2.0**-2, False),
+        (64, 2, 72, (8, 8, 8, 8), 2.0**-10, True),  # of one tile: heads in one part
+        (16, 2, 40, (6, 6, 6, 6), 2.0**-9, False),
     ],
 )
 @torch.no_grad()
