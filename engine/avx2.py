@@ -76,7 +76,7 @@ def u8s8(codes, scale, zero_point, weight, run, w_scale, bias):
     out = codes.new_empty(*codes.shape[:-1], channels, dtype=torch.float32)
     at = [tensor.data_ptr() for tensor in (codes, weight, scale, bias, out)]
     sizes = codes.numel() // inputs, channels, inputs
-    library().product(*at, *sizes, int(zero_point), run, torch.get_num_threads())
+    compiled().product(*at, *sizes, int(zero_point), run, torch.get_num_threads())
     return out
 
 
@@ -87,7 +87,7 @@ def compiler() -> str | None:
 
 
 @cache
-def library() -> ctypes.CDLL:
+def compiled() -> ctypes.CDLL:
     """avx2.c, compiled. Raises OSError or subprocess.CalledProcessError."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "avx2.so")

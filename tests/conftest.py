@@ -163,11 +163,8 @@ def linear_data(grad, out=None, x=None, group=None, rows=7):
 def search_case(bits, gelu, by_group, shape=(24, 32), mean=0.0):
     """A layer, candidates of weight and input, their starts, and data of three groups."""
     torch.manual_seed(bits)
-    W, x, group = (
-        torch.randn(shape) / 8 + mean,
-        2 * torch.randn(60, shape[1]),
-        torch.arange(60) // 20,
-    )
+    W, x = torch.randn(shape) / 8 + mean, 2 * torch.randn(60, shape[1])
+    group = torch.arange(60) // 20
     x = torch.nn.functional.gelu(x) if gelu else x
     data = linear_data(torch.randn(60, shape[0]), x @ W.T, x, group, rows=25)
     ends = x.aminmax() if not by_group else x.view(3, -1).aminmax(dim=1)

@@ -58,8 +58,8 @@ def test_product_is_that_of_integers(rows, channels, inputs, largest, highest):
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("largest, highest", [(64, 255), (127, 129), (63, 63), (31, 33), (1, 1)])
 def test_a_run_is_as_long_as_16_bits_hold(largest, highest, sign):
-    """All codes the largest: right with `run_of`'s run, and wrong with one more, but where the run
-    is longer than the inputs are."""
+    """All codes the largest: right with `quick_run`'s run, and wrong with one more, but where the
+    run is longer than the inputs are."""
     codes = torch.full((4, 4096), highest, dtype=torch.uint8)
     v, one = torch.full((16, 4096), sign * largest, dtype=torch.int8), torch.ones(16)
     exact = 4096.0 * highest * sign * largest * torch.tensor(0.02)
@@ -142,7 +142,7 @@ def test_without_a_compiler_onednn_multiplies(monkeypatch, found, reason):
     monkeypatch.setenv("CC", "false")
     monkeypatch.setattr(cpu_products, "pair_limit", lambda: cpu_products.SATURATING)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    caches = avx2.library, avx2.why_not, cpu_products.whose
+    caches = avx2.compiled, avx2.why_not, cpu_products.whose
     for cached in caches:
         cached.cache_clear()
     try:
