@@ -166,7 +166,7 @@ def explanation(comparison, found):
         name for name in users if any(found[m]["gradients"] for m in found if m.method == name)
     ]
     unit = np.median([of_it["unit_seconds"] for of_it in found.values()])
-    return EXPLANATION.format(
+    text = EXPLANATION.format(
         steps=args.steps,
         rows=args.rows or 320,
         machine=machines(comparison.run / "samples_fp.npz"),
@@ -178,6 +178,7 @@ def explanation(comparison, found):
         peak=of_forward["peak_mib"],
         iterations=iterations_text(comparison, found),
     )
+    return text.rstrip() + "\n"
 
 
 def render(comparison, scores, found):
