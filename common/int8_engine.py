@@ -21,6 +21,11 @@ BEYOND = dict(  # what layers of other methods have that this engine has not
     view="scales within a row of the weight", shift="shifted inputs",
     low_rank="a low-rank branch", regroup="time groups of its own", hadamard="rotated inputs",
 )  # fmt: skip
+BY_TRITON = {  # with triton_hopper.py, without, or on another GPU
+    True: " by Triton for Hopper",
+    False: " by Triton (triton_hopper.py failed)",
+    None: " by Triton",
+}
 PRODUCTS = "products of activations"
 CPU = torch.device("cpu")
 
@@ -59,9 +64,10 @@ class Int8Engine:
         self.on_cuda = device.type == "cuda"
         self.why_not, self.linear, self.no_triton = why_not, Int8Linear, None
         if self.on_cuda:
-            self.no_triton = cuda_trial.why_no_triton(device)
+            self.no_triton, self.hopper = cuda_trial.kernels_of(device)
             self.why_not = partial(int8_cuda.why_not, device=device)
-            self.linear = partial(int8_cuda.Int8LinearCUDA, triton=not self.no_triton)
+            by = dict(triton=not self.no_triton, hopper=bool(self.hopper))
+            self.linear = partial(int8_cuda.Int8LinearCUDA, **by)
 
     def make_layer(self, state):
         """The layer of a state on integers, or where that cannot be exact in floating point."""
@@ -119,8 +125,10 @@ class Int8Engine:
         """One line: how many layers are on integers, whose product it is, what became of MRQ, and
         why the others are not."""
         line = f"engine {self.name}: {self.on_integers} layers on integer codes"
-        if self.no_triton is not None:
-            line += f" by torch._int_mm ({self.no_triton})" if self.no_triton else " by Triton"
+        if self.no_triton:
+            line += f" by torch._int_mm ({self.no_triton})"
+        elif self.on_cuda:
+            line += BY_TRITON[self.hopper]
         elif self.products:
             line += f" by {' and '.join(self.products)}"
         for how, count in self.after_gelu.items():

@@ -22,17 +22,21 @@ def triton_linear(
     then: Sequence[Tensor | None],  # the next layer's grid and `smooth`, or nothing
     half: int,  # 2^(k-1) of the next layer's codes
     dtype: torch.dtype,
+    hopper: bool,  # whether to take triton_hopper.py, where it can
 ) -> Tensor:
     """out (..., O); or what it is quantized to, in steps; or GELU of it as the next layer's inputs,
     in int8 their codes, else values."""
-    from engine.triton_kernels import linear
+    if hopper and grid[1] is None and dtype.itemsize <= 2:
+        from engine.triton_hopper import linear
+    else:
+        from engine.triton_kernels import linear
 
     with torch.cuda.device_of(codes):
         return linear(codes, group, grid, row_sums, weight, onto, then, half, dtype)
 
 
 @triton_linear.register_fake
-def _(codes, group, grid, row_sums, weight, onto, then, half, dtype):
+def _(codes, group, grid, row_sums, weight, onto, then, half, dtype, hopper):
     return codes.new_empty(*codes.shape[:-1], len(weight[0]), dtype=dtype)
 
 

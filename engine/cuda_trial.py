@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,16 +16,44 @@ from engine.int8_cuda import Int8LinearCUDA
 from quant_ops import GeluQuantizer, UniformQuantizer
 
 ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 600  # seconds, compiling counted: a kernel may never end
+
+
+class Kernels(NamedTuple):
+    """What the trial found: why Triton's kernels are not taken, "" if they are; and whether
+    `triton_hopper.py` is, None on a GPU that is no Hopper."""
+
+    no_triton: str
+    hopper: bool | None
 
 
 @cache
-def why_no_triton(device: torch.device) -> str:
-    """Why Triton's kernels are not taken there; "" if they are. The trial is a process of its own:
-    after a fault in a kernel nothing runs on CUDA any more."""
+def kernels_of(device: torch.device) -> Kernels:
+    """The kernels to take there. The trial is a process of its own: after a fault in a kernel
+    nothing runs on CUDA any more."""
     command = [sys.executable, "-m", "engine.cuda_trial", str(device)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = found.stdout.splitlines()
-    return lines[-1] if found.returncode == 0 and lines else "Triton failed"
+    try:
+        text = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=LIMIT).stdout
+    except subprocess.TimeoutExpired as late:
+        text = late.stdout or b""
+    return read(text.decode(errors="replace"))
+
+
+def read(text):
+    """What `main` said, as Kernels."""
+    said = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    hopper = said["hopper"] == "right" if "hopper" in said else None
+    return Kernels(said.get("triton", "Triton failed"), hopper)
+
+
+def main(device):
+    """Says what `kernels_of` reads, each line as soon as it is known."""
+    why_not = trial(device)
+    print("triton:", why_not, flush=True)
+    if not why_not and on_hopper(device):
+        print("hopper: failed", flush=True)
+        if hopper_is_right(device):
+            print("hopper: right")
 
 
 def trial(device):
@@ -41,14 +70,31 @@ def trial(device):
         return f"Triton failed, {type(error).__name__}"
 
 
+def on_hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def hopper_is_right(device):
+    """Whether `triton_hopper.py` gives what is known, and what Triton's product gives."""
+    try:
+        return _exact_product(device, True) and _same_product(device)
+    except Exception:  # as above
+        return False
+
+
 def _exact(device):
     """Whether Triton's kernels give what is known beforehand."""
+    return _exact_product(device) and _exact_norm(device) and _exact_attention(device)
+
+
+def _exact_product(device, hopper=False):
     one, x = torch.ones(()), torch.full((40, 64), 127.0, device=device)
     uniform, gelu = UniformQuantizer(8, one, 0 * one), GeluQuantizer(8, one, one)
 
     def layer(inputs, act):
         v = torch.full((32, inputs), 127, dtype=torch.int8)
-        return Int8LinearCUDA(v, None, one, torch.zeros(32), act, triton=True).to(device)
+        args = v, None, one, torch.zeros(32), act
+        return Int8LinearCUDA(*args, triton=True, hopper=hopper).to(device)
 
     for act, highest in (uniform, 255), (gelu, 127):
         if bool((layer(64, act)(x) != 64 * 127 * 127).any()):  # the largest codes
@@ -62,7 +108,22 @@ def _exact(device):
     codes, ends = layer(64, uniform).inputs(x, None), (2.0**-16, -9.0, 9.0)  # 15.75 steps, clipped
     onto = [torch.full((32,), end, device=device) for end in ends]
     in_steps = layer(64, uniform).in_steps(codes, None, onto)
-    return bool((in_steps == 9).all()) and _exact_norm(device) and _exact_attention(device)
+    return bool((in_steps == 9).all())
+
+
+def _same_product(device):
+    """Of more tiles than there are multiprocessors, the last ones not full, in groups."""
+    draw, one = torch.Generator().manual_seed(0), torch.ones(())
+    v = torch.randint(-128, 128, (1168, 1040), generator=draw).to(torch.int8)
+    act = UniformQuantizer(8, 0.01 * torch.arange(1.0, 4), torch.tensor([128.0, 120, 131]))
+    x = torch.randn(9, 1000, 1040, generator=draw).to(device)
+    args, group = (v, torch.arange(1168), one, torch.zeros(1168), act), torch.arange(9) % 3
+    with torch.autocast(device.type, torch.bfloat16):
+        plain, hopper = (
+            Int8LinearCUDA(*args, triton=True, hopper=hopper).to(device)(x, group.to(device))
+            for hopper in (False, True)
+        )
+    return torch.equal(plain, hopper)
 
 
 def _exact_norm(device):
@@ -93,4 +154,4 @@ def _exact_attention(device):
 
 
 if __name__ == "__main__":
-    print(trial(torch.device(sys.argv[1])))
+    main(torch.device(sys.argv[1]))

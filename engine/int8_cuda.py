@@ -39,10 +39,11 @@ def why_not(v: Tensor, act: nn.Module, device: torch.device) -> str:
 class Int8LinearCUDA(nn.Module):
     """`QuantLinear` on codes: the same codes, the same product but for rounding in float32."""
 
-    def __init__(self, v, correction, w_scale, bias, act, smooth=None, triton=False):
-        """As `int8_linear.Int8Linear`; `triton` says whose product, if it takes these sizes."""
+    def __init__(self, v, correction, w_scale, bias, act, smooth=None, triton=False, hopper=False):
+        """As `int8_linear.Int8Linear`; `triton` says whose product, if it takes these sizes, and
+        `hopper` whether with the kernel for such GPUs."""
         super().__init__()
-        self.act, self.half = act, 2 ** (act.bits - 1)
+        self.act, self.half, self.hopper = act, 2 ** (act.bits - 1), hopper
         self.triton = triton and not any(n % 16 for n in v.shape)
         w_sum = v.sum(dim=1, dtype=torch.int32)
         if correction is not None:
@@ -68,12 +69,15 @@ class Int8LinearCUDA(nn.Module):
             return F.linear(inputs, self.floats(inputs.dtype), self.bias.to(inputs.dtype))
         sums, dtype = self.row_sums(inputs, grid, sums), out_dtype(inputs.device.type)
         if self.triton:
-            return triton_linear(inputs, group, grid, sums, self.of_weight(), [], [], 0, dtype)
+            return self.by_triton(inputs, group, grid, sums, [], [], 0, dtype)
         if group is not None and grid[0].ndim:
             of_tokens = len(group) == inputs[..., 0].numel()
             shape = (*inputs.shape[:-1], 1) if of_tokens else (-1, *[1] * (inputs.ndim - 1))
             grid = [None if table is None else table[group].view(shape) for table in grid]
         return torch_linear(inputs, grid, sums, self.of_weight(), dtype)
+
+    def by_triton(self, codes, group, grid, sums, *how):
+        return triton_linear(codes, group, grid, sums, self.of_weight(), *how, self.hopper)
 
     def of_weight(self):
         return [self.weight, self.w_scale, self.bias, self.w_sum, self.correction]
@@ -87,14 +91,14 @@ class Int8LinearCUDA(nn.Module):
     def before_gelu(self, codes, group, fc2, sums=None):
         """Of a uniform grid's codes what fc2 multiplies: GELU's output, quantized."""
         sums, then = self.row_sums(codes, self.grid(), sums), [*fc2.grid(), fc2.smooth]
-        dtype, weight = fc2.input_dtype(codes.device.type), self.of_weight()
-        return triton_linear(codes, group, self.grid(), sums, weight, [], then, fc2.half, dtype)
+        dtype = fc2.input_dtype(codes.device.type)
+        return self.by_triton(codes, group, self.grid(), sums, [], then, fc2.half, dtype)
 
     def in_steps(self, codes, group, onto, sums=None):
         """Of a uniform grid's codes what out is quantized to, in whole steps."""
         dtype = torch.bfloat16 if codes.is_cuda else torch.float32
-        sums, weight = self.row_sums(codes, self.grid(), sums), self.of_weight()
-        return triton_linear(codes, group, self.grid(), sums, weight, onto, [], 0, dtype)
+        sums = self.row_sums(codes, self.grid(), sums)
+        return self.by_triton(codes, group, self.grid(), sums, onto, [], 0, dtype)
 
     def input_dtype(self, device_type):
         """Of what is multiplied: int8 codes, or where that is faster bf16 values."""

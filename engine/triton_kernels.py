@@ -72,6 +72,28 @@ def on_grid(x, scale, scale2, zero_point, at, half, dtype: tl.constexpr):
     return low_byte(moved) if dtype == tl.int8 else rounded.to(dtype)
 
 
+@triton.jit
+def ends(
+    x, w_scale, bias, columns, width, inverse, lowest, highest,
+    then_scale, then_scale2, then_zero_point, at, smooth, half, dtype: tl.constexpr,
+):  # fmt: skip
+    """What becomes of s_x n: out; or with `inverse` out rounded to steps, `lowest` to `highest` of
+    them; or with `then` GELU of it, on the next layer's grid."""
+    by, to = vector(w_scale, columns, width)[None, :], vector(bias, columns, width)[None, :]
+    if inverse is not None:
+        x = tl.fma(x, by, to) * vector(inverse, columns, width)[None, :]
+        low, high = vector(lowest, columns, width), vector(highest, columns, width)
+        x = (tl.minimum(tl.maximum(x, low[None, :]), high[None, :]) + MAGIC) - MAGIC
+    elif then_scale is None:
+        x = x * by + to
+    else:
+        x = gelu(tl.fma(x, by, to))
+        if smooth is not None:
+            x = x * (1.0 / vector(smooth, columns, width))[None, :]
+        x = on_grid(x, then_scale, then_scale2, then_zero_point, at, half, dtype)
+    return x.to(dtype)
+
+
 def split(width):
     """A row as two parts whose sizes are powers of two, 16 at least; the second may be 0."""
     head = max(16, 1 << (width.bit_length() - 1))
@@ -90,8 +112,7 @@ def linear_kernel(
     then_scale, then_scale2, then_zero_point, then_by_group, smooth, half,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out (R, O), of codes (R, I) and weight (O, I). What a layer lacks is None. With
-    `inverse` out is rounded to steps, `lowest` to `highest` of them; with `then` comes GELU."""
+    """A tile of out (R, O), of codes (R, I) and weight (O, I). What a layer lacks is None."""
     tiles = tl.cdiv(width, BLOCK_O)  # neighbours share rows; the weight stays in cache
     row, column = (tl.program_id(0) // tiles) * BLOCK_R, (tl.program_id(0) % tiles) * BLOCK_O
     n = tl.zeros((BLOCK_R, BLOCK_O), tl.int32)
@@ -108,23 +129,15 @@ def linear_kernel(
     if group is not None:
         at = tl.load(group + rows // tokens, mask=rows < num_rows, other=0)
     here, there = at * by_group, at * then_by_group
-    ends = rows, num_rows, w_sum, correction, columns, width
-    x = values(n, scale, zero_point, here, row_sum, *ends)
+    sums = rows, num_rows, w_sum, correction, columns, width
+    x = values(n, scale, zero_point, here, row_sum, *sums)
     if scale2 is not None:
-        x += values(n2, scale2, None, here, row_sum2, *ends)
-    by, to = vector(w_scale, columns, width)[None, :], vector(bias, columns, width)[None, :]
-    if inverse is not None:
-        x = tl.fma(x, by, to) * vector(inverse, columns, width)[None, :]
-        low, high = vector(lowest, columns, width), vector(highest, columns, width)
-        x = (tl.minimum(tl.maximum(x, low[None, :]), high[None, :]) + MAGIC) - MAGIC
-    elif then_scale is None:
-        x = x * by + to
-    else:
-        x = gelu(tl.fma(x, by, to))
-        if smooth is not None:
-            x = x * (1.0 / vector(smooth, columns, width))[None, :]
-        x = on_grid(x, then_scale, then_scale2, then_zero_point, there, half, out.dtype)
-    out.store([row, column], x.to(out.dtype))
+        x += values(n2, scale2, None, here, row_sum2, *sums)
+    x = ends(
+        x, w_scale, bias, columns, width, inverse, lowest, highest,
+        then_scale, then_scale2, then_zero_point, there, smooth, half, out.dtype,
+    )  # fmt: skip
+    out.store([row, column], x)
 
 
 def linear(codes, group, grid, row_sums, weight, onto, then, half, dtype):

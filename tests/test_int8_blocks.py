@@ -28,8 +28,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(e, "has_int_unit", lambda device: True)
 
     def has(triton):
-        reason = "" if triton else "Triton is missing"
-        monkeypatch.setattr(cuda_trial, "why_no_triton", lambda device: reason)
+        kernels = cuda_trial.Kernels("" if triton else "Triton is missing", None)
+        monkeypatch.setattr(cuda_trial, "kernels_of", lambda device: kernels)
 
     return has
 
@@ -215,7 +215,9 @@ def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
     """The trial: what it raises, or a wrong sum, is the reason that is printed."""
     kernels = pytest.importorskip("engine.triton_kernels", exc_type=ImportError)
     ask = cuda_trial.trial
-    assert cuda_trial.why_no_triton.__wrapped__(DEVICE) == ""  # first where a fault does no harm
+    on_hopper = cuda_trial.on_hopper(DEVICE) or None
+    found = cuda_trial.kernels_of.__wrapped__(DEVICE)  # first where a fault does no harm
+    assert found == ("", on_hopper)
     assert ask(DEVICE) == ""
     for name in "norm_codes", "attention":  # each returns codes, among others
         with monkeypatch.context() as patch:
@@ -229,20 +231,35 @@ def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
     assert "ZeroDivisionError" in ask(DEVICE)
 
 
-@pytest.mark.parametrize(
-    "command, reason",
-    [("import os; os.abort()", "Triton failed"), ("print('noise'); print('why')", "why")],
-)
-def test_trial_is_a_process_of_its_own(monkeypatch, command, reason):
-    """What it says last is the reason; one that dies takes nothing along."""
+@pytest.mark.parametrize("command, kernels", [
+    ("os.abort()", ("Triton failed", None)),
+    ("print('noise: 1'); print('triton: why')", ("why", None)),
+    ("print('triton: \\nhopper: failed', flush=True); os.abort()", ("", False)),
+    ("print('triton: \\nhopper: failed', flush=True); time.sleep(60)", ("", False)),
+    ("print('triton: \\nhopper: failed\\nhopper: right')", ("", True)),
+])  # fmt: skip
+def test_trial_is_a_process_of_its_own(monkeypatch, command, kernels):
+    """What it says counts; one that dies, or never ends, takes nothing along."""
     run = cuda_trial.subprocess.run
+    monkeypatch.setattr(cuda_trial, "LIMIT", 2 if "sleep" in command else 60)
 
     def instead(command_line, **how):
         assert command_line[1:] == ["-m", "engine.cuda_trial", "cuda:7"]
-        return run([command_line[0], "-c", command], **how)
+        return run([command_line[0], "-c", f"import os, time; {command}"], **how)
 
     monkeypatch.setattr(cuda_trial.subprocess, "run", instead)
-    assert cuda_trial.why_no_triton.__wrapped__(torch.device("cuda:7")) == reason
+    assert cuda_trial.kernels_of.__wrapped__(torch.device("cuda:7")) == kernels
+
+
+@pytest.mark.parametrize("hopper, says", [
+    (None, "by Triton;"), (True, "by Triton for Hopper;"), (False, "(triton_hopper.py failed);"),
+])  # fmt: skip
+def test_line_says_whose_kernels_they_are(monkeypatch, hopper, says):
+    monkeypatch.setattr(cuda_trial, "kernels_of", lambda device: cuda_trial.Kernels("", hopper))
+    engine = int8_engine.Int8Engine("int8", torch.device("cuda"))
+    engine.reasons["convolution"] = 1
+    assert says in engine.describe()
+    assert engine.linear.keywords == dict(triton=True, hopper=bool(hopper))
 
 
 @pytest.mark.parametrize("of_fc1", ["uniform", "gelu"])

@@ -1,0 +1,80 @@
+"""engine/triton_hopper.py: what Triton's product gives, bit for bit. It needs a Hopper GPU."""
+
+import pytest
+import torch
+from int8_layers import DEVICE, GROUPS, ROWS, TOKENS, layer_of
+
+from engine import cuda_trial
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not cuda_trial.on_hopper(DEVICE), reason="no Hopper GPU"),
+]
+SIZES = {  # tokens, inputs, outputs: less than a tile; of XL/2, several tiles for each program
+    "small": (TOKENS, 80, 144), "large": (1000, 1152, 1168), "one slot": (300, 64, 128),
+}  # fmt: skip
+
+
+def both(layer, ask):
+    """What ask(layer) gives by triton_hopper.py and by triton_kernels.py."""
+    found = []
+    for layer.hopper in True, False:
+        found.append(ask(layer))
+    return found
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("bits", [(4, 8), (6, 6), (8, 8)])
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_product_is_triton_s_bit_for_bit(size, bits, groups):
+    """Results in bf16, and in whole steps of what they are quantized to."""
+    tokens, inputs, outputs = SIZES[size]
+    factor, group = GROUPS[groups]
+    group = None if group is None else group.to(DEVICE)
+    layer, _ = layer_of(bits, "uniform", factor, True, outputs, inputs)
+    codes = layer.inputs(torch.randn(ROWS, tokens, inputs, device=DEVICE), group)
+    with torch.autocast("cuda", torch.bfloat16):
+        hopper, triton = both(layer, lambda x: x.product(codes, x.grid(), group))
+    assert hopper.dtype == torch.bfloat16 and torch.equal(hopper, triton)
+    onto = [torch.full((outputs,), end, device=DEVICE) for end in (10.0, -90.0, 70.0)]
+    hopper, triton = both(layer, lambda x: x.in_steps(codes, group, onto))
+    assert torch.equal(hopper, triton) and hopper.unique().numel() > 30
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("kind", ["gelu", "folded"])
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_inputs_of_fc2_are_triton_s_bit_for_bit(size, kind, groups):
+    """GELU and fc2's grid at the end of fc1: MRQ's values in bf16, codes of one grid in int8."""
+    tokens, inputs, outputs = SIZES[size]
+    factor, group = GROUPS[groups]
+    group = None if group is None else group.to(DEVICE)
+    fc1, _ = layer_of((8, 8), "uniform", factor, True, outputs, inputs)
+    fc2, _ = layer_of((8, 8), kind, factor, True, inputs, outputs, torch.rand(outputs) + 1)
+    codes = fc1.inputs(torch.randn(ROWS, tokens, inputs, device=DEVICE), group)
+    with torch.autocast("cuda", torch.bfloat16):
+        hopper, triton = both(fc1, lambda x: x.before_gelu(codes, group, fc2))
+    assert hopper.dtype == (torch.int8 if kind == "folded" else torch.bfloat16)
+    assert torch.equal(hopper, triton) and hopper.unique().numel() > 30
+
+
+@torch.no_grad()
+def test_scales_of_each_token():
+    layer, _ = layer_of((8, 8), "token", None, True, 1168, 1152)
+    x = torch.randn(ROWS, 1000, 1152, device=DEVICE)
+    with torch.autocast("cuda", torch.bfloat16):
+        hopper, triton = both(layer, lambda layer: layer(x))
+    assert torch.equal(hopper, triton)
+
+
+def test_kernel_that_is_wrong_or_errs_is_not_taken(monkeypatch):
+    from engine import triton_hopper
+
+    assert cuda_trial.hopper_is_right(DEVICE)
+    plain = triton_hopper.linear
+    monkeypatch.setattr(triton_hopper, "linear", lambda *args: plain(*args) + 1)
+    assert not cuda_trial.hopper_is_right(DEVICE)
+    monkeypatch.setattr(triton_hopper, "linear", lambda *args: 1 / 0)
+    assert not cuda_trial.hopper_is_right(DEVICE)
