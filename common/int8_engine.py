@@ -21,11 +21,6 @@ BEYOND = dict(  # what layers of other methods have that this engine has not
     view="scales within a row of the weight", shift="shifted inputs",
     low_rank="a low-rank branch", regroup="time groups of its own", hadamard="rotated inputs",
 )  # fmt: skip
-BY_TRITON = {  # with triton_hopper.py, without, or on another GPU
-    True: " by Triton for Hopper",
-    False: " by Triton (triton_hopper.py failed)",
-    None: " by Triton",
-}
 PRODUCTS = "products of activations"
 CPU = torch.device("cpu")
 
@@ -62,11 +57,12 @@ class Int8Engine:
         self.after_gelu, self.products = Counter(), Counter()
         self.attentions, self.whole = 0, False
         self.on_cuda = device.type == "cuda"
-        self.why_not, self.linear, self.no_triton = why_not, Int8Linear, None
+        self.why_not, self.linear = why_not, Int8Linear
+        self.no_triton = self.no_hopper = None
         if self.on_cuda:
-            self.no_triton, self.hopper = cuda_trial.kernels_of(device)
+            self.no_triton, self.no_hopper = cuda_trial.kernels_of(device)
             self.why_not = partial(int8_cuda.why_not, device=device)
-            by = dict(triton=not self.no_triton, hopper=bool(self.hopper))
+            by = dict(triton=not self.no_triton, hopper=self.no_hopper == "")
             self.linear = partial(int8_cuda.Int8LinearCUDA, **by)
 
     def make_layer(self, state):
@@ -128,7 +124,8 @@ class Int8Engine:
         if self.no_triton:
             line += f" by torch._int_mm ({self.no_triton})"
         elif self.on_cuda:
-            line += BY_TRITON[self.hopper]
+            line += " by Triton" + " for Hopper" * (self.no_hopper == "")
+            line += f" ({self.no_hopper})" if self.no_hopper else ""
         elif self.products:
             line += f" by {' and '.join(self.products)}"
         for how, count in self.after_gelu.items():

@@ -1,9 +1,10 @@
 """Linear layers that multiply the codes of a quant file themselves, on CUDA.
 
 Weights stay int8 on the device, inputs become int8 codes, with the static scale of their time group
-or with one that each token finds at run time, and sums are exact in int32: by Triton's
-kernel (triton_kernels.py), or where it is missing by `torch._int_mm` and what `torch.compile` makes
-of the rest. So is quantizing the inputs, but for what a block does in one kernel (int8_blocks.py).
+or with one that each token finds at run time, and sums are exact in int32: by a kernel in Triton
+(triton_kernels.py, on Hopper triton_hopper.py), or without Triton by `torch._int_mm` and what
+`torch.compile` makes of the rest. So is quantizing the inputs, but for what a block does in one
+kernel (int8_blocks.py).
 
     a = q_x - 2^(k-1), z = z_x - 2^(k-1); v = q_w - u, c = z_w - u, V = sum (q_w - z_w)
     n = sum (q_x - z_x) (q_w - z_w) = sum a v  -  c sum a  -  z V            in int32

@@ -104,6 +104,8 @@ def multiply(which: gl.constexpr, ring, turn, staged, out, sizes, of_inputs, of_
         n = corrections(
             zero_point, here, row_sum, rows, num_rows, w_sum, correction, columns, width
         )
+        # A slot's barrier tells one filling from the next, not from the one after that: whose turn
+        # it is must be known.
         mbarrier.wait(turn.index(which), phase)
         n, step = products(n, ring, step, steps)
         mbarrier.arrive(turn.index(1 - which))
@@ -141,6 +143,7 @@ def linear_kernel(
         mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
+    fence_async_shared()  # the copy engine sees them
     ring = a_slots, v_slots, full, empty
     sizes = tokens, num_rows, num_inputs, width
     of_inputs = group, scale, zero_point, by_group, row_sum

@@ -215,9 +215,8 @@ def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
     """The trial: what it raises, or a wrong sum, is the reason that is printed."""
     kernels = pytest.importorskip("engine.triton_kernels", exc_type=ImportError)
     ask = cuda_trial.trial
-    on_hopper = cuda_trial.on_hopper(DEVICE) or None
     found = cuda_trial.kernels_of.__wrapped__(DEVICE)  # first where a fault does no harm
-    assert found == ("", on_hopper)
+    assert found == ("", "" if cuda_trial.on_hopper(DEVICE) else None)
     assert ask(DEVICE) == ""
     for name in "norm_codes", "attention":  # each returns codes, among others
         with monkeypatch.context() as patch:
@@ -234,14 +233,14 @@ def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
 @pytest.mark.parametrize("command, kernels", [
     ("os.abort()", ("Triton failed", None)),
     ("print('noise: 1'); print('triton: why')", ("why", None)),
-    ("print('triton: \\nhopper: failed', flush=True); os.abort()", ("", False)),
-    ("print('triton: \\nhopper: failed', flush=True); time.sleep(60)", ("", False)),
-    ("print('triton: \\nhopper: failed\\nhopper: right')", ("", True)),
+    ("print('triton: \\nhopper: no', flush=True); os.abort()", ("", "no")),
+    ("print('triton: \\nhopper: no', flush=True); time.sleep(60)", ("", "no")),
+    ("print('triton: \\nhopper: no\\nhopper: ')", ("", "")),
 ])  # fmt: skip
 def test_trial_is_a_process_of_its_own(monkeypatch, command, kernels):
     """What it says counts; one that dies, or never ends, takes nothing along."""
     run = cuda_trial.subprocess.run
-    monkeypatch.setattr(cuda_trial, "LIMIT", 2 if "sleep" in command else 60)
+    monkeypatch.setattr(cuda_trial, "LIMIT", 10 if "sleep" in command else 60)
 
     def instead(command_line, **how):
         assert command_line[1:] == ["-m", "engine.cuda_trial", "cuda:7"]
@@ -251,15 +250,15 @@ def test_trial_is_a_process_of_its_own(monkeypatch, command, kernels):
     assert cuda_trial.kernels_of.__wrapped__(torch.device("cuda:7")) == kernels
 
 
-@pytest.mark.parametrize("hopper, says", [
-    (None, "by Triton;"), (True, "by Triton for Hopper;"), (False, "(triton_hopper.py failed);"),
+@pytest.mark.parametrize("no_hopper, says", [
+    (None, "by Triton;"), ("", "by Triton for Hopper;"), ("it failed", "by Triton (it failed);"),
 ])  # fmt: skip
-def test_line_says_whose_kernels_they_are(monkeypatch, hopper, says):
-    monkeypatch.setattr(cuda_trial, "kernels_of", lambda device: cuda_trial.Kernels("", hopper))
+def test_line_says_whose_kernels_they_are(monkeypatch, no_hopper, says):
+    monkeypatch.setattr(cuda_trial, "kernels_of", lambda device: cuda_trial.Kernels("", no_hopper))
     engine = int8_engine.Int8Engine("int8", torch.device("cuda"))
     engine.reasons["convolution"] = 1
     assert says in engine.describe()
-    assert engine.linear.keywords == dict(triton=True, hopper=bool(hopper))
+    assert engine.linear.keywords == dict(triton=True, hopper=no_hopper == "")
 
 
 @pytest.mark.parametrize("of_fc1", ["uniform", "gelu"])
