@@ -122,7 +122,8 @@ def pairs_section(values, base):
 
 
 def own_section(comparison, scores, found, released):
-    """A table for each width of MAIN, with the change from the same method on the same layers."""
+    """A table for each width of MAIN, with the change from the same method on the same layers, if
+    these are compared too."""
     yield "### Each method's own choice of layers\n"
     for bits in (b for b in MAIN if b in widths_of(found)):
         count, lines = comparison.num_images(bits, "own"), []
@@ -134,7 +135,9 @@ def own_section(comparison, scores, found, released):
                 change = ranged(pair["psnr_gain"], pair["psnr_gain_interval"])
             if model in found:
                 lines.append([model.label, *columns(found[model]), change])
-        yield table(["method", *COLUMNS, "PSNR, from the same layers, dB"], lines)
+        head = ["method", *COLUMNS, "PSNR, from the same layers, dB"]
+        last = len(head) if any(change for *_, change in lines) else -1
+        yield table(head[:last], [line[:last] for line in lines])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -18,6 +18,14 @@ SIZES = {  # tokens, inputs, outputs
 }
 
 
+def case(size, groups):
+    """Numbers of inputs and outputs, a factor of scales, time groups, and random inputs."""
+    tokens, inputs, outputs = SIZES[size]
+    factor, group = GROUPS[groups]
+    x = torch.randn(ROWS, tokens, inputs, device=DEVICE)
+    return inputs, outputs, factor, None if group is None else group.to(DEVICE), x
+
+
 def both(layer, ask):
     """What ask(layer) gives by triton_hopper.py and by triton_kernels.py."""
     found = []
@@ -32,11 +40,9 @@ def both(layer, ask):
 @torch.no_grad()
 def test_product_is_triton_s_bit_for_bit(size, bits, groups):
     """Results in bf16, and in whole steps of what they are quantized to."""
-    tokens, inputs, outputs = SIZES[size]
-    factor, group = GROUPS[groups]
-    group = None if group is None else group.to(DEVICE)
+    inputs, outputs, factor, group, x = case(size, groups)
     layer, _ = layer_of(bits, "uniform", factor, True, outputs, inputs)
-    codes = layer.inputs(torch.randn(ROWS, tokens, inputs, device=DEVICE), group)
+    codes = layer.inputs(x, group)
     with torch.autocast("cuda", torch.bfloat16):
         hopper, triton = both(layer, lambda x: x.product(codes, x.grid(), group))
     assert hopper.dtype == torch.bfloat16 and torch.equal(hopper, triton)
@@ -51,12 +57,10 @@ def test_product_is_triton_s_bit_for_bit(size, bits, groups):
 @torch.no_grad()
 def test_inputs_of_fc2_are_triton_s_bit_for_bit(size, kind, groups):
     """GELU and fc2's grid at the end of fc1: MRQ's values in bf16, codes of one grid in int8."""
-    tokens, inputs, outputs = SIZES[size]
-    factor, group = GROUPS[groups]
-    group = None if group is None else group.to(DEVICE)
+    inputs, outputs, factor, group, x = case(size, groups)
     fc1, _ = layer_of((8, 8), "uniform", factor, True, outputs, inputs)
     fc2, _ = layer_of((8, 8), kind, factor, True, inputs, outputs, torch.rand(outputs) + 1)
-    codes = fc1.inputs(torch.randn(ROWS, tokens, inputs, device=DEVICE), group)
+    codes = fc1.inputs(x, group)
     with torch.autocast("cuda", torch.bfloat16):
         hopper, triton = both(fc1, lambda x: x.before_gelu(codes, group, fc2))
     assert hopper.dtype == (torch.int8 if kind == "folded" else torch.bfloat16)
