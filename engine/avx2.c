@@ -22,6 +22,11 @@ static inline __m256i load(const int8_t *from) {
     return _mm256_loadu_si256((const __m256i *)from);
 }
 
+/* sum += part, in 16 bits, in the register where sum is: gcc by itself copies or spills some. */
+static inline void add_to(__m256i *sum, __m256i part) {
+    __asm__("vpaddw %1, %0, %0" : "+x"(*sum) : "x"(part));
+}
+
 static inline long least(long a, long b) { return a < b ? a : b; }
 
 /* total += part, whose 16 sums in 16 bits belong to 8 channels. */
@@ -47,7 +52,6 @@ static void tile(const uint8_t *const codes[ROWS], const int8_t *panel, long ste
     for (long start = 0; start < steps; start += run) {
         sums part[ROWS];
         for (int r = 0; r < ROWS; r++) part[r].first = part[r].second = _mm256_setzero_si256();
-#pragma GCC unroll 2 /* else gcc copies registers */
         for (long k = start; k < least(start + run, steps); k++) {
             __m256i first = load(panel + k * CHANNELS * STEP);
             __m256i second = load(panel + k * CHANNELS * STEP + 32);
@@ -55,8 +59,8 @@ static void tile(const uint8_t *const codes[ROWS], const int8_t *panel, long ste
                 int32_t four;
                 memcpy(&four, codes[r] + k * STEP, sizeof four);
                 __m256i x = _mm256_set1_epi32(four);
-                part[r].first = _mm256_add_epi16(part[r].first, _mm256_maddubs_epi16(x, first));
-                part[r].second = _mm256_add_epi16(part[r].second, _mm256_maddubs_epi16(x, second));
+                add_to(&part[r].first, _mm256_maddubs_epi16(x, first));
+                add_to(&part[r].second, _mm256_maddubs_epi16(x, second));
             }
         }
         for (int r = 0; r < ROWS; r++) {
