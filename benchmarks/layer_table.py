@@ -17,7 +17,8 @@ from plain_way import search_layer
 from random_run import released_layers
 
 from common.checkpoints import load_calib, load_calibrated
-from common.fast_search import FastSearch, on_integers
+from common.fast_search import FastSearch
+from common.int_losses import on_integers
 from common.layer_data import layer_data
 from common.offload import unit_on, units
 from common.unit_data import load_units

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from engine import avx2
-from quant_ops import UniformQuantizer, quantize
+from engine.int_products import region_levels
+from quant_ops import GeluQuantizer, UniformQuantizer, quantize
 
 EXACT = 2**31 - 1  # the sum of any two products of codes is held
 SATURATING = 2**15 - 1  # pairs of products are added in 16 bits
@@ -104,6 +105,13 @@ def input_codes(Q_X: UniformQuantizer, x: Tensor, group) -> Inputs:
     return Inputs(quantize(x, scale, zero_point, Q_X.bits).to(torch.uint8), scale, zero_point)
 
 
+def region_codes(Q_X: GeluQuantizer, x: Tensor, group, region: int) -> Inputs:
+    """One region, 1 or 2, of MRQ after GELU: codes of 0..2^(k-1), below zero with scale -s_1."""
+    levels, scale = region_levels(Q_X, x, group, region)
+    zero = torch.zeros_like(scale)
+    return Inputs(levels.abs_().to(torch.uint8), -scale if region == 1 else scale, zero)
+
+
 def weight_codes(Q_W: UniformQuantizer, weight: Tensor, highest: int) -> Weight:
     """A weight (O, I) as codes less their zero points, for inputs whose codes reach `highest`."""
     v = quantize(weight, Q_W.scale, Q_W.zero_point, Q_W.bits).sub_(Q_W.zero_point)
@@ -122,9 +130,8 @@ def error(a: Inputs, weight: Weight, z: Tensor) -> Tensor:
     return torch.addcmul(z, product, a.scale * weight.scale, value=-1)
 
 
-def pays(weight: Tensor, bits: int, Q_X) -> bool:
-    """Whether candidates of a weight (O, I) of so many bits, or of these inputs, are faster here,
-    and no product can saturate. After GELU (MRQ) the two products take longer than one in fp32."""
-    if not isinstance(Q_X, UniformQuantizer) or weight.shape[1] < ENOUGH:
-        return False
-    return bits < 8 and 2 * (2**bits - 1) * (2**Q_X.bits - 1) <= pair_limit()
+def pays(weight: Tensor, bits: int, highest: int) -> bool:
+    """Whether candidates of a weight (O, I) of so many bits, or of inputs whose codes reach
+    `highest`, are faster here, and no product can saturate."""
+    enough = weight.shape[1] >= ENOUGH
+    return enough and bits < 8 and 2 * (2**bits - 1) * highest <= pair_limit()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, hessian_loss, quantize
+from quant_ops import GeluQuantizer, UniformQuantizer, hessian_loss, quantize
 
 MAX_INPUTS = 2**15  # I: |every sum below| <= 2^16 I must stay below 2^31
 
@@ -49,9 +49,19 @@ def input_codes(Q_X: UniformQuantizer | GeluQuantizer, x: Tensor, group: Tensor)
     below zero with s_1 and above it with s_2, each 0 in the other's region."""
     if isinstance(Q_X, UniformQuantizer):
         return [signed_codes(x, *Q_X.params_for(x, group), Q_X.bits)]
-    scales = Q_X.params_for(x, group)
-    regions = gelu_regions(x, *scales, Q_X.bits)
-    return [in_int8(codes, scale, None) for codes, scale in zip(regions, scales, strict=True)]
+    return [term for region in (1, 2) for term in region_codes(Q_X, x, group, region)]
+
+
+def region_codes(Q_X: GeluQuantizer, x: Tensor, group: Tensor, region: int) -> list[Codes]:
+    """The one term of region 1 or 2 alone."""
+    return [in_int8(*region_levels(Q_X, x, group, region), None)]
+
+
+def region_levels(Q_X: GeluQuantizer, x: Tensor, group: Tensor, region: int) -> tuple:
+    """Of `gelu_regions` (quant_ops.py) one, 1 or 2, and its scale: (), or (R, 1)."""
+    half, scale = 2 ** (Q_X.bits - 1), Q_X.params_for(x, group)[region - 1]
+    low, high = (-half, 0) if region == 1 else (0, half - 1)
+    return (x / scale).round_().clamp_(low, high), scale
 
 
 def int_error(terms: list[Codes], weight: Codes, z: Tensor) -> Tensor:

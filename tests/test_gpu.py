@@ -8,7 +8,7 @@ import torch
 from conftest import FLAGS, layer_of, linear_data, load_script, run_script
 
 import quant_ops as q
-from common import fast_search, offload
+from common import int_losses, offload
 from common.artifacts import load_artifact
 from common.fast_search import FastSearch
 from common.packing import pack_codes, unpack_codes
@@ -75,7 +75,7 @@ def test_linear_search_on_integers_equals_the_cpu_s(post_gelu, tgq_inputs):
         layer, data = linear_case(device)
         of_weight = q.WeightLoss(layer.weight, q.GeluQuantizer(6, one, one))
         tried = [q.UniformQuantizer(6, one, one)]
-        on_codes = fast_search.on_integers(of_weight, tried, data) is not of_weight
+        on_codes = int_losses.on_integers(of_weight, tried, data) is not of_weight
         assert device == CPU or on_codes
         layer = layer_of(layer, post_gelu=post_gelu)
         state = PLUS.quantize_linear(layer, data, cfg, FastSearch)["state"]

@@ -10,7 +10,7 @@ import torch
 from conftest import alternate, search_case
 
 import quant_ops as q
-from common import fast_search
+from common import int_losses
 from common.fast_search import FastSearch
 from engine import int_products as p
 
@@ -71,7 +71,7 @@ def test_search_by_triton_chooses_what_the_plain_search_chooses(monkeypatch, gel
     monkeypatch.setattr(p, "column_loss", lambda device: triton_loss.column_loss)
     case = search_case(6, gelu, by_group=True)
     data, loss, tried = case[-1], q.WeightLoss(case[0], case[2]), case[1][1]
-    assert fast_search.on_integers(loss, tried, data).product is fast_search.TRITON
+    assert int_losses.on_integers(loss, tried, data).product is int_losses.TRITON
     if DEVICE.type == "cuda":
         pytest.skip("the case lies on the CPU; test_gpu.py searches on CUDA")
     found, expected = (alternate(search, case, gelu) for search in (FastSearch(), q.search))
