@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from common.artifacts import Parts, is_up_to_date, provenance, save_artifact, sha256_of
 from common.checkpoints import check_model, find_checkpoint, load_dit
-from common.cli import InputError, Parser, at_least_one, run_script, whole_number
+from common.cli import Parser, at_least, run_script, whole_number
+from common.errors import InputError
 from common.trajectories import STREAM, draw_labels
 from models_dit import TRAIN_TIMESTEPS, Diffusion, DiT_models, image_generators, trajectory
 from quant_ops import time_group
@@ -34,7 +35,8 @@ def parse_args():
     p.paper.add_argument("--per-group", type=whole_number, default=32, help="n, Sec. IV-A")
     p.paper.add_argument("--model", choices=sorted(DiT_models), help="checked against --ckpt")
     p.paper.add_argument("--ckpt", help="official or diffusers; without it DiT-XL/2 is downloaded")
-    p.paper.add_argument("--image-size", type=int, choices=(256, 512), default=256, help="pixels")
+    size = "pixels; default: the checkpoint's, or 256"
+    p.paper.add_argument("--image-size", type=int, choices=(256, 512), help=size)
     p.ours.add_argument("--num-heads", type=whole_number, help="where the width is no official one")
     p.ours.add_argument("--vae", choices=("mse", "ema", "none"), default="mse", help="none: pixels")
     p.ours.add_argument("--cfg-scale", type=float, default=1.5, help="1 turns guidance off (D3)")
@@ -46,7 +48,7 @@ def parse_args():
 
 
 def check(args):
-    at_least_one(args, "steps", "groups", "per_group", "trajectories", "batch_size")
+    at_least(1, args, "steps", "groups", "per_group", "trajectories", "batch_size")
     if args.steps > TRAIN_TIMESTEPS:
         raise InputError(f"--steps {args.steps}: T must be 1..{TRAIN_TIMESTEPS}")
     if args.groups > args.steps:
@@ -112,9 +114,10 @@ def collect_all(model, batches, rows, settings, parts):
 
 def main(args):  # Alg. 1 line 3
     check(args)
-    ckpt = find_checkpoint(args.ckpt, args.model, args.image_size)
-    model, config = load_dit(ckpt, args.num_heads, args.image_size // 8)  # 8: the VAE's
-    check_model(config, args.model, args.vae)
+    size = args.image_size or 256
+    ckpt = find_checkpoint(args.ckpt, args.model, size)
+    model, config = load_dit(ckpt, args.num_heads, size // 8)  # 8: the VAE's
+    check_model(config, args.model, args.vae, args.image_size)
     settings = {key: getattr(args, key) for key in SETTINGS} | dict(ckpt=str(ckpt), config=config)
     head = provenance("calib", settings, {"checkpoint": sha256_of(ckpt)}, args.device)
     path = args.run / "calib.pt"

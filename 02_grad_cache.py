@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from common.artifacts import Parts, atomic_write, check_place, is_up_to_date, provenance
 from common.checkpoints import load_calib, load_calibrated
-from common.cli import Parser, at_least_one, print_peak, run_script, whole_number
-from common.offload import in_batches, next_inputs, unit_on, units
+from common.cli import Parser, at_least, run_script, whole_number
+from common.offload import in_batches, next_inputs, unit_on, units, units_of
+from common.report import print_peak
 from models_dit import Diffusion, draw_noise, explicit_products, image_generators
 
 STREAM = 2  # of random numbers, for --eps renoise
@@ -102,17 +103,21 @@ def backward_pass(model, folder, parts, head, batch_size, device):
 
 
 def main(args):  # Alg. 1 line 9
-    at_least_one(args, "batch_size")
+    at_least(1, args, "batch_size")
     calib, folder = load_calib(args.run), args.run / "grads"
     batches = args.batch_size, args.device
     head = provenance("grads", {"eps": args.eps}, {"calib": calib["sha256"]}, args.device)
     last = folder / "embed.pt"  # written last: its presence says that all are there
     parts = Parts(folder, head)
+    files = [folder / f"{name}.pt" for name in units_of(calib["settings"]["config"]["depth"])]
+    missing = [file for file in files if not file.exists()]
     if is_up_to_date(last, head, args.force):
-        return parts.clear()  # a run killed after its last write left them
+        if not missing:
+            return parts.clear()  # a run killed after its last write left them
+        print(f"but {missing[0]} is missing: all are made again")
     model = explicit_products(load_calibrated(calib))
-    for name in units(model):
-        check_place(folder / f"{name}.pt")
+    for file in files:
+        check_place(file)
     rows, diffusion = calib["calibration"], Diffusion(calib["settings"]["steps"])
     eps, x_t = noise_and_inputs(rows, diffusion, args.eps, calib["settings"]["seed"])
     parts.clear(others_only=True)  # whose unit files this run is about to replace
@@ -123,7 +128,7 @@ def main(args):  # Alg. 1 line 9
         start_backward(model, eps, parts, *batches)
     backward_pass(model, folder, parts, head, *batches)
     parts.clear()
-    sizes = [file.stat().st_size for file in folder.glob("*.pt")]
+    sizes = [file.stat().st_size for file in files]
     print(f"wrote {len(sizes)} files in {folder}, {sum(sizes) / 2**20:.0f} MiB.  ", end="")
     print(f"Next: python 03_quantize.py --run {args.run} --wbits 8 --abits 8")
     print_peak(args.device)

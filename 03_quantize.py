@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from common import quant_file
 from common.cli import (
-    Parser, at_least_one, check_bits, check_tag, check_unit_flags, model_name, run_script,
+    Parser, at_least, check_bits, check_tag, check_unit_flags, model_name, run_script,
     whole_number,
 )  # fmt: skip
 from common.fast_search import make_search
@@ -64,7 +64,7 @@ def parse_args():
 def check(args):
     check_bits(args, "wbits", "abits")
     check_tag(args)
-    at_least_one(args, "rounds", "rows")
+    at_least(1, args, "rounds", "rows")
     check_unit_flags(args)
 
 

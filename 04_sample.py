@@ -18,10 +18,9 @@ import torch
 
 from common.artifacts import Parts, provenance, sha256_of
 from common.checkpoints import check_labels, load_calib, load_calibrated
-from common.cli import (
-    InputError, Parser, at_least_one, check_bits, check_tag, model_name, run_script, whole_number,
-)  # fmt: skip
+from common.cli import Parser, at_least, check_bits, check_tag, model_name, run_script, whole_number
 from common.distributed import join_process_group
+from common.errors import InputError
 from common.images import samples_up_to_date, save_samples, to_uint8
 from common.int8_engine import build, compile_mode
 from common.noise_correction import make_diffusion
@@ -60,10 +59,12 @@ def check(args):
         raise InputError(f"--engine {args.engine} is for quantized models, not for --fp")
     if args.fp == (args.wbits is not None or args.abits is not None):
         raise InputError("give either --fp or both --wbits and --abits")
+    if args.fp and args.tag:
+        raise InputError(f"--tag {args.tag} is for quantized models, not for --fp")
     if not args.fp:
         check_bits(args, "wbits", "abits")
     check_tag(args)
-    at_least_one(args, "steps", "num_images", "batch_size")
+    at_least(1, args, "steps", "num_images", "batch_size")
     if args.steps and args.steps > TRAIN_TIMESTEPS:
         raise InputError(f"--steps {args.steps}: T must be 1..{TRAIN_TIMESTEPS}")
     if min(args.first, args.seed) < 0:

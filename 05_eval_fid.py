@@ -25,8 +25,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from common.artifacts import FORMAT, Parts, atomic_write, sha256_of
-from common.cli import InputError, Parser, at_least_one, run_script, whole_number
+from common.cli import Parser, at_least, run_script, whole_number
 from common.distributed import join_process_group
+from common.errors import InputError
 from common.feature_networks import check_fit, load_network, run_network
 from common.inception import INCEPTION, INCEPTION_SHA
 from common.metrics import coverage, frechet_distance, inception_score, moments, psnr
@@ -36,9 +37,11 @@ from common.score_files import (
 
 ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # known by name: we know no sha256 of it
 PAPER = dict(  # Tables I and II; the guidance is the authors' release's (D16)
-    num_images=[10_000], size=[(256, 256)], steps=[250, 100], cfg_scale=[1.5]
+    num_images=[10_000], size=[(256, 256)], steps=[250, 100], cfg_scale=[1.5], cfg_channels=[3],
+    classes=[None], vae=["mse"], dtype=["fp32"],
 )  # fmt: skip
-TWIN_SETTINGS = ("num_images", "first", "seed", "steps", "cfg_scale", "cfg_channels")
+TWIN_SETTINGS = ("num_images", "first", "seed", "steps", "cfg_scale", "cfg_channels", "vae")
+TWIN_INPUTS = "checkpoint", "vae"
 TABLE_KEY = ("feature_space", "features", "reference")
 ROW_KEY = ("samples_sha256", "reference_sha256", "features_sha256")
 
@@ -86,6 +89,8 @@ def compare(samples, file, twin):
     other = read_samples(twin)
     a, b = samples["settings"], other["settings"]
     differ = [key for key in TWIN_SETTINGS if key not in a or a[key] != b.get(key)]
+    a, b = samples["inputs"] or {}, other["inputs"] or {}
+    differ += [f"{key}'s file" for key in TWIN_INPUTS if a.get(key) != b.get(key)]
     if samples["arr_0"].shape[1:] != other["arr_0"].shape[1:]:
         differ.append("size")
     if differ or not np.array_equal(samples["labels"], other["labels"]):
@@ -95,7 +100,7 @@ def compare(samples, file, twin):
 
 def unlike_paper(facts):
     """What keeps a score from standing beside those of Tables I and II."""
-    return [key for key, allowed in PAPER.items() if facts[key] not in allowed]
+    return [key for key, allowed in PAPER.items() if facts.get(key) not in allowed]
 
 
 def score(file, samples, made, reference, head):
@@ -115,7 +120,7 @@ def score(file, samples, made, reference, head):
     row |= {key: settings.get(key) for key in ("name", "seed", "steps", "cfg_scale")}
     row |= {key: samples[key] for key in ("inputs", "model_bytes")}
     row["num_images"] = len(samples["arr_0"])
-    differ = unlike_paper(row | dict(size=samples["arr_0"].shape[1:3]))
+    differ = unlike_paper(settings | row | dict(size=samples["arr_0"].shape[1:3]))
     return row | dict(not_comparable=head["not_comparable"] + differ)
 
 
@@ -200,7 +205,9 @@ def check_all(network, reference, made_here, todo, folder):
 
 
 def main(args):
-    at_least_one(args, "batch_size")
+    at_least(1, args, "batch_size")
+    if args.inception and args.features != "inception":
+        raise InputError("--inception and --features: give one network")
     group, path = join_process_group(), args.run / "metrics.json"
     rows, files = sorted(read_rows(path), key=by_bits), sorted(args.run.glob("samples_*.npz"))
     if not files:

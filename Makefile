@@ -27,7 +27,7 @@ tables compare: $(DEV)  ## on the demo DiT the paper's tables; all methods; QUIC
 	$(PY) benchmarks/$@.py $(if $(QUICK),--quick)
 figures: $(DEV)  ## pictures of that sweep, into docs/; QUICK=1 as for tables
 	$(PY) benchmarks/figures.py --run runs/tables/$(if $(QUICK),quick/T100_seed0,full/T250_seed0)
-bench-gpu: $(DEV)  ## every figure that needs a GPU, quick ones first, into benchmarks/results_gpu.md
+bench-gpu: $(DEV)  ## layers, steps and phases on a GPU, quick ones first, into benchmarks/results_gpu.md
 	$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no GPU')"
 	mkdir -p runs && $(PY) -c "import torch; print('#', torch.cuda.get_device_name())" > benchmarks/results_gpu.md
 	$(PY) -m pytest -q -m gpu >> benchmarks/results_gpu.md

@@ -36,7 +36,7 @@ def qparams_from_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Te
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / (2**bits - 1)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # an all-zero tensor
+    scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))  # all zero, or nearly so
     return scale, -torch.round(low / scale)
 
 

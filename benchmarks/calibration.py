@@ -24,7 +24,8 @@ from processes import ROOT, hardware
 from layer_table import count_candidates, layer_table, machine_rates, print_table
 from random_run import run_phase, write_run
 
-from common.cli import InputError, pick_device, run_script
+from common.cli import pick_device, run_script
+from common.errors import InputError
 from models_dit import LAYERS, DiT_models
 
 METHODS = {"tqdit": "03_quantize", "plus": "methods/tqdit_plus"}

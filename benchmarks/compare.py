@@ -28,7 +28,8 @@ from layer_error import save
 from page import write_results, write_section
 from scores import Scores
 
-from common.cli import InputError, at_least_one, run_script, whole_number
+from common.cli import at_least, run_script, whole_number
+from common.errors import InputError
 
 
 def parse_args():
@@ -62,7 +63,7 @@ def parse_args():
         defaults["name"] = "compare_quick"
     p.set_defaults(**defaults)
     args = p.parse_args()
-    at_least_one(args, "num_images", "num_images_main", "steps", "rows", "batch_size", "jobs")
+    at_least(1, args, "num_images", "num_images_main", "steps", "rows", "batch_size", "jobs")
     if not 0 < args.iterations <= 1:
         raise InputError(f"--iterations {args.iterations}: above 0, 1 at most")
     return args

@@ -14,7 +14,7 @@ from processes import ROOT
 from random_run import run_phase
 from sweep import PLUS, TQDIT
 
-from common.cli import InputError
+from common.errors import InputError
 from common.quant_file import load_quant
 
 WIDTHS = {"8/8": (8, 8), "6/6": (6, 6), "4/8": (4, 8), "4/4": (4, 4)}

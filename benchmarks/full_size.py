@@ -33,7 +33,8 @@ from random_run import lively
 
 from common.artifacts import atomic_write
 from common.checkpoints import DIT_URL, MIRROR, load_calib
-from common.cli import InputError, run_script
+from common.cli import run_script
+from common.errors import InputError
 from common.inception import INCEPTION, SPATIAL_CHANNELS, Inception
 from common.trajectories import HELD_OUT
 from common.vae import MidBlock, ResnetBlock, Upsampler, VAEDecoder, group_norm

@@ -15,7 +15,8 @@ from processes import ROOT, timed
 
 from common.artifacts import atomic_write
 from common.checkpoints import load_dit
-from common.cli import InputError, whole_number
+from common.cli import whole_number
+from common.errors import InputError
 
 
 DEMO = "--ckpt demo/dit_mnist.pt --model DiT-Demo/4 --vae none --cfg-scale 2".split()

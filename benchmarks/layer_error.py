@@ -9,7 +9,7 @@ import numpy as np
 import processes  # noqa: F401  puts the repository root on the path
 
 from common.artifacts import atomic_write
-from common.cli import InputError
+from common.errors import InputError
 from common.quant_file import load_quant
 
 try:

@@ -26,7 +26,8 @@ from sampling import GROUPS, GUIDANCE, input_ranges, layer_state, widths
 
 from common.artifacts import provenance, save_artifact, sha256_of
 from common.checkpoints import load_dit
-from common.cli import InputError, run_script
+from common.cli import run_script
+from common.errors import InputError
 from common.int8_engine import build
 from common.offload import units
 from common.quant_file import linear_state, load_quant, quantized_parts

@@ -18,7 +18,8 @@ from jobs import sampling_flags
 from random_run import run_phase
 
 from common.artifacts import sha256_of
-from common.cli import InputError, at_least_one, model_name, run_script, whole_number
+from common.cli import at_least, model_name, run_script, whole_number
+from common.errors import InputError
 from common.images import save_samples
 
 COUNT = "num_images", "first"  # the settings of 04 that slices of one file differ in
@@ -36,7 +37,7 @@ def parse_args():
     for flag in ("--wbits", "--abits", "--tag"):
         p.add_argument(flag, help="the model, as for 04")
     args = p.parse_args()
-    at_least_one(args, "num_images", "batch_size")
+    at_least(1, args, "num_images", "batch_size")
     return args
 
 

@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from common.cli import InputError
+from common.errors import InputError
 
 FP32, INT8 = "OpenVINO, fp32", "OpenVINO, int8 by NNCF"
 

@@ -8,7 +8,7 @@ import torch
 from processes import ROOT, timed
 
 from common.artifacts import provenance, save_artifact, sha256_of
-from common.cli import InputError
+from common.errors import InputError
 from common.offload import units
 from models_dit import LAYERS, Diffusion, DiT
 from quant_ops import time_group

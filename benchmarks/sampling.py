@@ -27,7 +27,8 @@ import openvino_dit
 from random_run import STEPS, lively, released_layers
 
 from common.checkpoints import load_dit
-from common.cli import InputError, pick_device, run_script
+from common.cli import pick_device, run_script
+from common.errors import InputError
 from common.int8_engine import build, compile_mode
 from common.offload import units
 from common.quant_file import linear_state, matmul_state, quantized_parts

@@ -7,7 +7,7 @@ from processes import ROOT
 
 from common.artifacts import load_tensors
 from common.checkpoints import load_calib, load_calibrated
-from common.cli import InputError
+from common.errors import InputError
 from common.metrics import coverage, frechet_distance, inception_score, moments, psnr
 from common.mnist_classifier import FeatureNet
 from common.quant_file import build_quantized, load_quant

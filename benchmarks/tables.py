@@ -5,8 +5,8 @@ of results.md, in --out; other sections are kept. Progress is kept in --runs: a 
 on where it was. On a CPU each core works on a job of its own.
 
     make tables              # N = 10,000 images, for a GPU
-    make tables QUICK=1      # half an hour on 2 cores; every row says that it is the quick one
-    python benchmarks/tables.py --name n200 --num-images 200 --steps 100 --only pairs gradient
+    make tables QUICK=1      # an hour on 2 cores; every row says that it is the quick one
+    python benchmarks/tables.py --name mine --num-images 100 --ablation-steps 100 --only pairs
 """
 
 import argparse
@@ -20,7 +20,7 @@ from measurements import full_precision_row, measure
 from page import render, write_results, write_section
 from scores import Scores
 
-from common.cli import at_least_one, run_script, whole_number
+from common.cli import at_least, run_script, whole_number
 
 BITS = ((6, 6), (4, 8))  # of Table III, and of the ladder beyond it, those of --bits
 SEEDS = (0, 1, 2)  # of the calibration set, in Table III
@@ -59,7 +59,7 @@ def parse_args():
         defaults = dict(num_images=20, rows=40, rounds=1, ablation_steps=100, name="quick")
     p.set_defaults(**defaults)
     args = p.parse_args()
-    at_least_one(args, "num_images", "rows", "rounds", "ablation_steps", "batch_size", "jobs")
+    at_least(1, args, "num_images", "rows", "rounds", "ablation_steps", "batch_size", "jobs")
     return args
 
 

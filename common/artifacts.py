@@ -10,15 +10,15 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from common.cli import InputError, reading
+from common.errors import InputError, memory_errors, reading
 from common.schemas import FORMAT, check_artifact
+from common.source import git_commit, source_digest
 
 
 def sha256_of(path):
@@ -77,7 +77,7 @@ def load_tensors(path, what, allowed=()):
             found = "is a folder" if path.is_dir() else "no such file"
             raise InputError(f"{path}: {found} ({what})")
     try:
-        with torch.serialization.safe_globals(list(allowed)):
+        with memory_errors(), torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -86,16 +86,6 @@ def load_tensors(path, what, allowed=()):
         refused = zipfile.is_zipfile(path) and not broken
         fault = "holds pickled objects, refused" if refused else "is damaged"
         raise InputError(f"{path} {fault} ({what}); make or download it again") from error
-
-
-def git_commit():
-    """The commit of this source tree, `+dirty` if files differ from it; for provenance only."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+dirty"]
-    try:
-        run = subprocess.run([*command, "--abbrev=12"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return run.stdout.strip() or "unknown"
 
 
 def provenance(kind, settings, inputs, device):
@@ -168,12 +158,13 @@ def is_same_result(path, old, head):
 class Parts:
     """Finished pieces of a long job, kept until the whole is written, so a killed run resumes.
 
-    The folder's name carries a hash of the settings, and of `cut`, how the job is cut up: pieces
-    of another run are never mixed in.
+    The folder's name carries a hash of the settings, of `cut`, how the job is cut up, and of the
+    source: pieces of another run, or made before an edit, are never mixed in.
     """
 
     def __init__(self, path, head, cut=None):
-        key = json.dumps([head["settings"], head["inputs"], cut], sort_keys=True)
+        key = [head["settings"], head["inputs"], cut, source_digest()]
+        key = json.dumps(key, sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         self.folder = Path(path).parent / f".{Path(path).name}.{digest}"
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from common.artifacts import load_artifact, sha256_of
 from common.checks import Fault, check, need, told
-from common.cli import InputError, reading
 from common.diffusers_names import check_config, from_diffusers, is_diffusers
+from common.errors import InputError, reading
 from common.model_schema import ANY_FLOAT, count_blocks, decodes, model_config, parameters
 from common.weight_files import config_beside, find_weights, load_weights
 from models_dit import DiT, DiT_models
@@ -130,9 +130,12 @@ def find_checkpoint(ckpt, model, image_size):
     return str(download(url, url.rpartition("/")[2]))
 
 
-def check_model(config, model, vae):
-    """InputError if the checkpoint is not of this --model, or does not go with this --vae."""
-    channels = config["in_channels"]
+def check_model(config, model, vae, image_size):
+    """InputError if the checkpoint is not of this --model or, if given, this --image-size, or does
+    not go with this --vae."""
+    channels, size = config["in_channels"], config["input_size"] * (1 if vae == "none" else 8)
+    if image_size not in (None, size):
+        raise InputError(f"--image-size {image_size}: the checkpoint's images have {size} pixels")
     if not decodes(vae, channels):
         raise InputError(f"--vae {vae} does not go with the checkpoint's {channels} channels")
     for key, value in DiT_models.get(model, {}).items():

@@ -6,27 +6,12 @@ import re
 import signal
 import sys
 import traceback
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-
-class InputError(Exception):
-    """Bad input; its one-line message says what is wrong and what to do. Exit status 2."""
-
-
-@contextmanager
-def reading(path):
-    """Whatever goes wrong while this file is read and checked is an InputError, one line."""
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:
-        what = f"{type(error).__name__}: {str(error)[:200]}"
-        raise InputError(f"{path} could not be read: {what}; --traceback shows more") from error
+from common.errors import InputError, memory_errors
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,8 +26,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=self.Help)
-        self.paper = self.add_argument_group("paper (T, G, n, R, bits, the switches of Table III)")
-        self.ours = self.add_argument_group("ours (where the paper is silent; D1.. in README.md)")
+        self.paper = self.add_argument_group("paper (inputs, and what the method's paper decides)")
+        self.ours = self.add_argument_group("ours (where the paper is silent: D1.. in README.md)")
         self.machine = self.add_argument_group("machine (must not change results)")
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.machine.add_argument("--run", type=Path, default=Path("runs/demo"), help="its folder")
@@ -71,7 +56,7 @@ class Parser(argparse.ArgumentParser):
     def add_search_flags(self):
         """The machine flags of a Phase 3 that searches by Eq. (16)."""
         add = self.machine.add_argument
-        add("--search", choices=("fast", "plain"), default="fast", help="the same choice")
+        add("--search", choices=("fast", "plain"), default="fast", help="the same, but for ties")
         self.add_unit_flags()
         add("--compile", action="store_true", help="fuse passes; meant for CUDA")
 
@@ -101,7 +86,8 @@ def run_script(main, parse_args):
     torch.backends.cudnn.allow_tf32 = False
     script = Path(sys.argv[0]).name
     try:
-        main(parse_args())
+        with memory_errors():
+            main(parse_args())
     except InputError as error:
         sys.exit(_fail(script, error))
     except torch.OutOfMemoryError:
@@ -146,18 +132,11 @@ def pick_device(name):
     return device
 
 
-def print_peak(device):
-    """On CUDA, the most memory that tensors of this process have taken there."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-        print(f"peak GPU memory {peak:.0f} MiB")
-
-
-def at_least_one(args, *flags):
-    """InputError unless each of these flags, if given, is 1 or more."""
+def at_least(least, args, *flags):
+    """InputError unless each of these flags, if given, is that or more."""
     for flag in flags:
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least {least}")
 
 
 def check_bits(args, *flags):
@@ -172,7 +151,7 @@ def check_bits(args, *flags):
 
 def check_unit_flags(args):
     """InputError unless the flags of `Parser.add_unit_flags` make sense."""
-    at_least_one(args, "batch_size")
+    at_least(1, args, "batch_size")
     limit = args.memory_limit
     if limit is not None and not 0 < limit < 1e12:
         raise InputError(f"--memory-limit {limit}: not above 0, not finite or too large")
@@ -182,7 +161,7 @@ def check_method_flags(args):
     """InputError unless the flags of `Parser.add_method_flags` make sense."""
     check_bits(args, "wbits", "abits")
     check_tag(args)
-    at_least_one(args, "rows")
+    at_least(1, args, "rows")
     check_unit_flags(args)
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 
 from common.checks import Fault, TensorOf, check, need, told
-from common.cli import InputError, reading
 from common.diffusers_file import FLOAT, METADATA, check_about, layer_spec, make_layer
 from common.diffusers_names import EMBEDDERS, layer_names
+from common.errors import InputError, reading
 from common.weight_files import load_safetensors, read_json
 from models_dit import TRAIN_TIMESTEPS, DiT, MatMul
 from quant_ops import QuantMatMul

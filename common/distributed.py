@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.cli import InputError
+from common.errors import InputError
 
 
 class ProcessGroup:

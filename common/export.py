@@ -5,11 +5,12 @@ In: RUN/quant_wXaY.pt.  Out: RUN/quant_wXaY.safetensors, which docs/interop.md s
 
 With --layout compressed-tensors a folder RUN/quant_wXaY_compressed instead, weights and config.json
 as the package of that name reads them. It holds linear layers with one static scale for all their
-inputs (`03 --no-mrq --no-tgq`), and has no place for the quantizers of attention's two products and
-of the convolution: there the products stay in full precision, the convolution's weight is rounded.
+inputs (`03 --no-mrq --no-tgq --tag ho`), and has no place for the quantizers of attention's two
+products and of the convolution: there the products stay in full precision, the convolution's weight
+is rounded.
 
     python common/export.py --run runs/xl --wbits 8 --abits 8
-    python common/export.py --run runs/xl --wbits 8 --abits 8 --layout compressed-tensors
+    python common/export.py --run runs/xl --wbits 8 --abits 8 --tag ho --layout compressed-tensors
 """
 
 import json

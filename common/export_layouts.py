@@ -3,8 +3,8 @@
 import torch
 
 from common import diffusers_file as form
-from common.cli import InputError
 from common.diffusers_names import cut, diffusers_config, layer_names, to_diffusers
+from common.errors import InputError
 from common.packing import unpack_codes
 from common.quant_file import unpack_weight
 

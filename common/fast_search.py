@@ -1,4 +1,4 @@
-"""`quant_ops.search`, faster: the same signature, the same choice.
+"""`quant_ops.search`, faster: the same signature, the same choice but for near-ties.
 
 Candidates that cannot win any more are pruned, and those of linear layers are multiplied as integer
 codes (int_losses.py) where the device has a unit for that. Chunks are outside and candidates
@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from common.errors import InputError
 from common.int_losses import INT_MM, on_integers
 from quant_ops import WeightLoss, search
 
@@ -69,7 +70,10 @@ class FastSearch:
 
 
 def make_search(name, compile_losses):
-    """The search of one layer that --search names: `plain`, the definition, or `fast`."""
+    """The search of one layer that --search names: `plain`, the definition, or `fast`. InputError
+    if it is to be compiled and cannot be."""
+    if name == "plain" and compile_losses:
+        raise InputError("--compile is for --search fast")
     return search if name == "plain" else FastSearch(compile_losses)
 
 

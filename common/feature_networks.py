@@ -9,7 +9,7 @@ import torch
 
 from common.artifacts import load_tensors
 from common.checkpoints import download
-from common.cli import InputError
+from common.errors import InputError
 from common.inception import INCEPTION, INCEPTION_SHA, INCEPTION_URL, Inception
 from common.mnist_classifier import FeatureNet
 

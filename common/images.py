@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from common.artifacts import atomic_write, check_place, is_same_result
-from common.cli import InputError
+from common.errors import InputError
 from common.schemas import check_artifact
 from common.vae import VAE_SCALE
 

@@ -12,7 +12,12 @@ import torch
 
 def units(model):
     """Unit's name -> prefix of its parameters' names, in the network's order."""
-    blocks = {f"block_{i:02d}": f"blocks.{i}." for i in range(len(model.blocks))}
+    return units_of(len(model.blocks))
+
+
+def units_of(depth):
+    """The same of a network with so many blocks."""
+    blocks = {f"block_{i:02d}": f"blocks.{i}." for i in range(depth)}
     return {"embed": ""} | blocks | {"final": "final_layer."}
 
 

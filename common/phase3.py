@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from common import artifacts
 from common.checkpoints import load_calib, load_calibrated
-from common.cli import InputError, print_peak
 from common.distributed import join_process_group
+from common.errors import InputError
 from common.layer_data import layer_data
 from common.offload import next_inputs, offloaded, unit_on, units
 from common.quant_file import build_quantized, make_layer, quantized_parts, swap_layer
-from common.report import print_report, signal_to_noise
+from common.report import print_peak, print_report, signal_to_noise
 from common.unit_data import first_inputs, load_grads, load_units, rows_to_search
 from models_dit import LAYERS, LayerSpec, explicit_products
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import quant_ops as q
 from common.artifacts import load_artifact
-from common.cli import InputError
+from common.errors import InputError
 from common.offload import give_back_memory
 from common.packing import pack_codes, unpack_codes
 from common.quantizers import (

@@ -1,4 +1,4 @@
-"""What every Phase 3 ends with: the error of the quantized model, and of each of its layers."""
+"""What Phases 2 and 3 end with: memory; the error of the quantized model, and of each layer."""
 
 import torch
 
@@ -42,8 +42,16 @@ def signal_to_noise(model, quantized, calib, batch_size, device):
     groups.index_add_(1, rows["group"], energy)
     weighted = (energy * diffusion.sensitivity()[rows["t"]]).sum(1)
     ratio = torch.cat([groups, weighted[:, None]], dim=1)
-    *per_group, weighted = (10 * torch.log10(ratio[0] / ratio[1])).tolist()
+    ratio = torch.where(ratio[1] > 0, ratio[0] / ratio[1], torch.inf)  # a new DiT's eps is all 0
+    *per_group, weighted = (10 * torch.log10(ratio)).tolist()
     return dict(snr_per_group=per_group, snr_weighted=weighted)
+
+
+def print_peak(device):
+    """On CUDA, the most memory that tensors of this process have taken there."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+        print(f"peak GPU memory {peak:.0f} MiB")
 
 
 def print_report(report):

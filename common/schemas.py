@@ -6,7 +6,7 @@ import torch
 
 from common import model_schema as shared
 from common.checks import Fault, Int, OneOf, Optional, TensorOf, Text, agree, check, need, told
-from common.cli import InputError
+from common.errors import InputError
 from common.model_schema import FLOAT, FORMAT, HEAD, INT, SAMPLING, SHA256, TEXT
 from common.quant_schema import quant
 from models_dit import TRAIN_TIMESTEPS

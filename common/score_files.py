@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.artifacts import FORMAT, sha256_of
 from common.checks import Fault, Float, Int, OneOf, Plain, check, need
-from common.cli import InputError
+from common.errors import InputError
 from common.model_schema import SHA256, TEXT
 from common.schemas import SAMPLES
 
@@ -108,8 +108,9 @@ def read_folder(path):
     for file in files:
         try:
             with Image.open(file) as image:
+                need(image.mode[0] not in "IF", "more than 8 bits a channel")  # would be clipped
                 images.append(np.atleast_3d(image.convert("L" if image.mode == "L" else "RGB")))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Fault) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
         if images[-1].shape != images[0].shape:
             raise InputError(f"{file} is of another size than {files[0].name}, or one is grey")

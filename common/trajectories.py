@@ -6,7 +6,7 @@ A trajectory has an index; its label and its noise follow from that and the seed
 import numpy as np
 import torch
 
-from common.cli import InputError
+from common.errors import InputError
 from models_dit import Diffusion, image_generators, trajectory
 
 STREAM = 1  # of random numbers; the images of 04_sample.py come from stream 0

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from common import artifacts
-from common.cli import InputError
+from common.errors import InputError
 from common.offload import next_inputs, pinned, units
 from common.schemas import sizes_of
 from models_dit import Diffusion

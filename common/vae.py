@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from common.artifacts import sha256_of
 from common.checkpoints import download
 from common.checks import Fault, TensorOf, check, need, told
-from common.cli import InputError, reading
+from common.errors import InputError, reading
 from common.model_schema import ANY_FLOAT
 from common.weight_files import find_weights, load_weights, without_prefix
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from common.artifacts import atomic_write, load_tensors
-from common.cli import InputError, reading
+from common.errors import InputError, reading
 
 NAMES = [
     f"diffusion_pytorch_model{variant}.{ending}"

@@ -110,7 +110,7 @@ def why_not() -> str:
     try:
         return "" if _is_exact() else f"{SOURCE.name} is wrong here"
     except (OSError, subprocess.CalledProcessError):
-        return f"{SOURCE.name} does not compile or load here"
+        return f"{SOURCE.name} does not compile by {compiler()}, or load"
 
 
 def _is_exact() -> bool:

@@ -90,7 +90,7 @@ def column_loss(device: torch.device) -> Callable | None:
         from engine.triton_loss import column_loss
 
         return column_loss if is_right(column_loss, device) else None
-    except Exception:  # whatever a compiler may raise: there is another way
+    except Exception:  # whatever a compiler may raise: there is another way (not after a fault)
         return None
 
 
@@ -114,7 +114,19 @@ def has_int_unit(device: torch.device) -> bool:
     torch cannot be asked."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (7, 5)
-    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_vnni", False)
+    vnni = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_vnni", False)
+    return vnni and int_mm_is_exact()
+
+
+@cache
+def int_mm_is_exact() -> bool:
+    """Whether a CPU's `_int_mm` holds the largest sums: told to do without VNNI (by
+    ONEDNN_MAX_CPU_ISA), oneDNN's saturates."""
+    codes, found = torch.full((32, 64), 127, dtype=torch.int8), []
+    for value in (127, -128):
+        weight = torch.full((16, 64), value, dtype=torch.int8)
+        found.append(bool((torch._int_mm(codes, weight.T) == 64 * 127 * value).all()))
+    return all(found)
 
 
 def takes_shapes(rows: int, weight: Tensor, device: torch.device) -> bool:

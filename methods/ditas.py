@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    Parser, at_least_one, check_method_flags, model_name, run_script, whole_number,
+    Parser, at_least, check_method_flags, model_name, run_script, whole_number,
 )  # fmt: skip
 from common.phase3 import Machine, Phase3  # noqa: E402
 from common.quantizers import DynamicQuantizer  # noqa: E402
@@ -74,7 +74,8 @@ def parse_args():
 
 def check(args):
     check_method_flags(args)
-    at_least_one(args, "alternations", *["rank"] * (args.rank != 0))
+    at_least(1, args, "alternations")
+    at_least(0, args, "rank")
 
 
 def layers_of(phase3, unit, cfg):

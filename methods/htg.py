@@ -15,6 +15,9 @@ at run time, for adaLN knows no time group. There is no code of the authors; unc
                           |x - zbar_g| from 0 up, m / max m. On the demo these two and --decay none
                           are within 0.3 dB of each other at every width
     other layers          uniform, min-max, one scale a tensor; all weights by output channel, GPTQ
+    ends of channels      of the rows of calib.pt, one or two a timestep; not of 32 images at each
+    s before proj         divided by at run time: no adaLN stands there
+    how many groups       --timestep-groups 10; re-implementations take T / 10
 
     python methods/htg.py --run runs/xl --wbits 4 --abits 8
     python 04_sample.py   --run runs/xl --wbits 4 --abits 8 --tag htg
@@ -32,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    InputError, Parser, at_least_one, check_method_flags, model_name, run_script, whole_number,
+    Parser, at_least, check_method_flags, model_name, run_script, whole_number,
 )  # fmt: skip
+from common.errors import InputError  # noqa: E402
 from common.phase3 import Machine, Phase3  # noqa: E402
 from common.quantizers import ScaledInput  # noqa: E402
 from common.report import linear_cost, matmul_cost  # noqa: E402
@@ -89,7 +93,7 @@ def decay_or_mean(text):
 
 def check(args):
     check_method_flags(args)
-    at_least_one(args, "timestep_groups")
+    at_least(1, args, "timestep_groups")
     if args.decay is not None and not 0 <= args.decay < 1:
         raise InputError(f"--decay {args.decay}: 0 or more, below 1, or none")
 

@@ -1,6 +1,6 @@
 """Flags of the methods that learn by gradient descent (reconstruction.py)."""
 
-from common.cli import InputError
+from common.errors import InputError
 
 
 def add_rate_flags(p, scale_lr):

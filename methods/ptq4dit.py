@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import (  # noqa: E402
-    Parser, at_least_one, check_bits, check_method_flags, model_name, run_script, whole_number,
+    Parser, at_least, check_bits, check_method_flags, model_name, run_script, whole_number,
 )  # fmt: skip
 from common.phase3 import Machine, Phase3  # noqa: E402
 from common.unit_data import rows_to_search  # noqa: E402
@@ -79,7 +79,8 @@ def parse_args():
 def check(args):
     check_method_flags(args)
     check_bits(args, "softmax_bits")
-    at_least_one(args, "batch", *(["iterations"] if args.iterations else []))
+    at_least(1, args, "batch")
+    at_least(0, args, "iterations")
     check_rates(args)
 
 

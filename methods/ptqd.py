@@ -15,6 +15,7 @@ are they in its code.
     the paper / its code                               here
     code: a scale for all of a weight                  for each output channel
     code: first and last layer 8 bits, not learned     --edge-bits 8: the embedder, the final layer
+    code: linear layers and convolutions alone         the products of attention too
     code: DDIM with eta 0, where VSC is void           DDPM, whose variance the network may learn
     code: the mean of Delta for that of r              of r, as the paper has it
     code: eps of the latent's 3 channels               all; its variance half stays
@@ -35,8 +36,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import (  # noqa: E402
-    InputError, Parser, at_least_one, model_name, number_or_none, run_script, whole_number,
+    Parser, at_least, check_bits, model_name, number_or_none, run_script, whole_number,
 )  # fmt: skip
+from common.errors import InputError  # noqa: E402
 from common.noise_correction import error_energy, measure, noise_of  # noqa: E402
 from common.phase3 import SAMPLING, Machine, Phase3  # noqa: E402
 from common.quant_file import build_quantized  # noqa: E402
@@ -67,11 +69,12 @@ def parse_args():
 
 def check(args):
     qdiffusion.check(args)
-    if args.edge_bits is not None and not 2 <= args.edge_bits <= 8:
-        raise InputError(f"--edge-bits {args.edge_bits}: must be 2..8, or none")
-    at_least_one(args, "trajectories")
-    if args.seed < 0:
-        raise InputError("--seed must not be negative")
+    if args.edge_bits is not None:
+        check_bits(args, "edge_bits")
+    at_least(1, args, "trajectories")
+    if args.trajectories > 10**6:  # told before hours of work
+        raise InputError(f"--trajectories {args.trajectories}: at most a million")
+    at_least(0, args, "seed")
 
 
 def measured(phase3, quantized, cfg):

@@ -12,6 +12,7 @@ The paper splits the two halves that a U-Net's shortcuts join; a DiT has none, s
     the paper / its code                           here
     phase A follows phase W of all units           unit by unit: phase A needs no other unit's
     activation ranges from 64 samples, of one t    from all calibration rows
+    embedders' three layers: each learns alone     they learn together, as one unit
     softmax has 8 bits, or 16                      --softmax-bits 8
 
     python methods/qdiffusion.py --run runs/xl --wbits 4 --abits 8
@@ -25,7 +26,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import (  # noqa: E402
-    Parser, at_least_one, check_bits, check_method_flags, model_name, run_script, whole_number,
+    Parser, at_least, check_bits, check_method_flags, model_name, run_script, whole_number,
 )  # fmt: skip
 from common.phase3 import Machine, Phase3  # noqa: E402
 from methods.learning_rates import add_rate_flags, check_rates  # noqa: E402
@@ -73,17 +74,15 @@ def add_flags(p, weight_iterations, weight_batch, scale_iterations, scale_batch,
 
 def parse_args():
     p = Parser(__doc__)
-    add_flags(p, 20000, 32, 5000, 16, "qdiffusion")
+    add_flags(p, 20000, 32, 5000, 32, "qdiffusion")
     return p.parse_args()
 
 
 def check(args):
     check_method_flags(args)
     check_bits(args, "softmax_bits")
-    at_least_one(args, "weight_batch", "scale_batch")
-    for flag in ("weight_iterations", "scale_iterations"):
-        if getattr(args, flag):
-            at_least_one(args, flag)
+    at_least(1, args, "weight_batch", "scale_batch")
+    at_least(0, args, "weight_iterations", "scale_iterations")
     check_rates(args)
 
 

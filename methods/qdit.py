@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    Parser, at_least_one, check_method_flags, model_name, run_script, whole_number,
+    Parser, at_least, check_method_flags, model_name, run_script, whole_number,
 )  # fmt: skip
 from common.layer_data import layer_data  # noqa: E402
 from common.offload import units  # noqa: E402
@@ -80,7 +80,7 @@ def parse_args():
 
 def check(args):
     check_method_flags(args)
-    at_least_one(args, "group_size", "generations", "population", "search_rows")
+    at_least(1, args, "group_size", "generations", "population", "search_rows")
 
 
 def layers_of(phase3, unit, cfg):

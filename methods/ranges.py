@@ -4,6 +4,7 @@ Candidates for `quant_ops.search`, and the loss that it takes of them: the error
 themselves, where TQ-DiT's is that of the layer's output.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -53,6 +54,15 @@ def percentile_ranges(lows: Tensor, highs: Tensor, bits: int) -> Candidates:
     return Candidates(make, torch.arange(len(lows), device=lows.device))
 
 
+def some_of(parts: list[Tensor], most: int) -> Tensor:
+    """Every n-th value of all parts (..., K), at most so many, flat. n and K have no divisor in
+    common, so every column of the last axis counts."""
+    values, n = torch.cat([part.flatten() for part in parts]), 1
+    while n * most < len(values) or math.gcd(n, parts[0].shape[-1]) > 1:
+        n += 1
+    return values[::n]
+
+
 def quantiles(values: Tensor, dim=None) -> tuple[Tensor, Tensor]:
     """The values at 1 - p and at p, for each of PERCENTILES, (3, ...)."""
     p = torch.tensor(PERCENTILES).to(values)
@@ -79,7 +89,7 @@ def weight_by_percentile(weight: Tensor, bits: int) -> Quantizer:
 def values_by_percentile(data, name: str, bits: int) -> Quantizer:
     """As `values_by_shrinking`, of the ranges of PERCENTILES, by least squares. Of more than 2^24
     values every so many-th counts for the percentiles."""
-    values = torch.cat([getattr(chunk, name).flatten().cpu() for chunk in data])
-    lows, highs = quantiles(values[:: len(values) // MOST + 1])
+    values = [getattr(chunk, name).cpu() for chunk in data]
+    lows, highs = quantiles(some_of(values, MOST))
     candidates = percentile_ranges(lows.to(data.device), highs.to(data.device), bits)
     return search(candidates, data, ValueLoss(2, name))

@@ -34,7 +34,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.cli import InputError, Parser, model_name, run_script, whole_number  # noqa: E402
+from common.cli import Parser, at_least, model_name  # noqa: E402
+from common.cli import run_script, whole_number  # noqa: E402
+from common.errors import InputError  # noqa: E402
 from common.offload import offloaded, units  # noqa: E402
 from common.phase3 import Machine, Phase3  # noqa: E402
 from common.quant_file import build_quantized, make_quantizer, quantized_parts  # noqa: E402
@@ -45,7 +47,7 @@ from common.unit_data import rows_to_search  # noqa: E402
 from methods import qdiffusion as base  # noqa: E402
 from methods.balancing import channel_peaks, fold_into_adaln  # noqa: E402
 from methods.power_law import power_law_ratio  # noqa: E402
-from methods.ranges import SHRINKS, ValueLoss, weight_by_shrinking  # noqa: E402
+from methods.ranges import SHRINKS, ValueLoss, some_of, weight_by_shrinking  # noqa: E402
 from methods.reconstruction import Recipe, SoftLinear, SoftMatMul  # noqa: E402
 from methods.reconstruction import reconstruct, weights_only  # noqa: E402
 from models_dit import MatMul  # noqa: E402
@@ -54,7 +56,6 @@ from quant_ops import join_groups, search  # noqa: E402
 
 MOST = 100_000  # values that a power law is fitted to
 
-
 OWN = dict(tcr=bool, tcr_limit=float, daq=bool, par_rounds=int, par_share=float)
 # what decides the result: Q-Diffusion's settings, and its own
 Settings = NamedTuple("Settings", (base.Settings.__annotations__ | OWN).items())
@@ -62,7 +63,7 @@ Settings = NamedTuple("Settings", (base.Settings.__annotations__ | OWN).items())
 
 def parse_args():
     p, flag = Parser(__doc__), BooleanOptionalAction
-    base.add_flags(p, 20000, 32, 5000, 16, "tcaqdm")
+    base.add_flags(p, 20000, 32, 5000, 32, "tcaqdm")
     p.paper.add_argument("--tcr", action=flag, default=True, help="reparameterize channels")
     p.paper.add_argument("--daq", action=flag, default=True, help="choose the grid after softmax")
     p.ours.add_argument("--tcr-limit", type=float, default=10, help="greatest r")
@@ -73,8 +74,7 @@ def parse_args():
 
 def check(args):
     base.check(args)
-    if args.par_rounds < 0:
-        raise InputError(f"--par-rounds {args.par_rounds}: 0 or more")
+    at_least(0, args, "par_rounds")
     if not 1 <= args.tcr_limit < math.inf:
         raise InputError(f"--tcr-limit {args.tcr_limit}: at least 1, and finite")
     if not 0 < args.par_share <= 1:
@@ -107,9 +107,9 @@ def reparameterization(peaks, limit):
 
 def adaptive_quantizer(rows, bits):
     """The quantizer of softmax outputs a, the rows of one time group."""
-    values = torch.cat([chunk.a.flatten() for chunk in rows])
-    log2 = power_law_ratio(values[:: len(values) // MOST + 1]) > 0
-    step = values.amax() / (1 if log2 else 2**bits - 1)
+    parts = [chunk.a for chunk in rows]
+    log2 = power_law_ratio(some_of(parts, MOST)) > 0
+    step = max(part.amax() for part in parts) / (1 if log2 else 2**bits - 1)
     shares, log2 = 1 - 0.01 * torch.arange(SHRINKS).to(step), torch.tensor(log2).to(step.device)
     candidates = Candidates(lambda share: AdaptiveQuantizer(bits, share * step, log2), shares)
     return search(candidates, rows, ValueLoss(base.SCALE_POWER, "a"))

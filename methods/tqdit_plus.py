@@ -9,10 +9,11 @@ Algorithm 1 and its objective, Eq. (16), as in 03, and, each with a switch of it
     --hadamard           inputs rotated within blocks of channels, where it pays (arXiv 2404.00456)
     --smoothquant        input channels evened out (arXiv 2211.10438): the strength of least error
     --rounding           gptq: weights rounded column by column, errors made up for (2210.17323)
-    --rank               a branch in full precision makes up for rounding errors (2410.06040)
+    --rank               in blocks, a branch in full precision makes up for rounding (2410.06040)
     --fit-last           the last layer fitted to what the quantized network before it gives
     --edge-bits          the first layer's weight, the last layer's weight and inputs have more bits
-    --cond-bits          the weights of adaLN's and the embedders' linear layers are quantized too
+    --cond-bits          the weights of adaLN's and the embedders' linear layers are quantized too:
+                         a scale for each output channel, searched, rounded to nearest
     --tgq-inputs         with --input-group none: TGQ for linear inputs, not only after softmax
 
 Scales taken at run time need no search, and leave MRQ, TGQ and R nothing to do; without the first
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    Parser, at_least_one, check_bits, check_tag, check_unit_flags, model_name, number_or_none,
+    Parser, at_least, check_bits, check_tag, check_unit_flags, model_name, number_or_none,
     run_script, whole_number,
 )  # fmt: skip
 from common.fast_search import make_search  # noqa: E402
@@ -116,7 +117,7 @@ def check(args):
     check_bits(args, "wbits", "abits", *optional)
     check_tag(args)
     numbers = ["rounds", "rows", "weight_group", "rank"]
-    at_least_one(args, *numbers, *["input_group"] * (args.input_group != "token"))
+    at_least(1, args, *numbers, *["input_group"] * (args.input_group != "token"))
     check_unit_flags(args)
 
 
@@ -132,7 +133,7 @@ def bits_of(layer, cfg):
 
 def search_linear(weight, fit, layer, cfg, search):
     """Alg. 1 lines 16-22 with TGQ for the inputs: Q_W and Q_X of a weight (O, I)."""
-    bits, by_group = bits_of(layer, cfg), cfg.tgq_inputs and not layer.spec.conditioning
+    bits = bits_of(layer, cfg)
     Q_W, weights = uniform_candidates(*weight.aminmax(dim=1, keepdim=True), bits.weight)
     if bits.inputs is None:
         return search(weights, fit, WeightLoss(weight, FullPrecision())), FullPrecision()
@@ -142,7 +143,7 @@ def search_linear(weight, fit, layer, cfg, search):
         if cfg.weight_group is None:
             Q_W = search(weights, fit, WeightLoss(weight, Q_X))
         return Q_W, Q_X
-    how = bits.inputs, layer.spec.post_gelu, by_group, cfg.rounds, search
+    how = bits.inputs, layer.spec.post_gelu, cfg.tgq_inputs, cfg.rounds, search
     return search_static(weight, weights, fit, *how)
 
 

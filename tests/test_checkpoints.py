@@ -9,7 +9,7 @@ import torch
 from conftest import LIVELY, lively_dit
 
 from common import checkpoints as c
-from common.cli import InputError
+from common.errors import InputError
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from conftest import FLAGS, ROOT, load_script, refused, run_script, snapshot
 
 from common import cli
+from common.artifacts import load_tensors
 
 
 class Payload:  # unpickled, it would make a folder in the working directory
@@ -73,6 +74,9 @@ REFUSALS = {  # script, flags, what happens to the run before, words of the line
     "half of the bits": ("04", "--abits 8", None, "--wbits is required"),
     "no model": ("04", "", None, "either --fp or both --wbits and --abits"),
     "two models": ("04", f"--fp {W8}", None, "either --fp or both"),
+    "fp with a tag": ("04", "--fp --tag x", None, "--tag x is for quantized models"),
+    "size is another": ("01", f"{C} {NEW} --image-size 512", None, "images have 8 pixels"),
+    "plain, compiled": ("03", f"{W8} --search plain --compile", None, "--compile is for --search"),
     "quant of a phase": ("04", W8, copy("calib.pt", "quant_w8a8.pt"), "is calib, not quant"),
     "quant truncated": ("04", f"{BITS}", cut("quant_w6a6.pt"), "quant_w6a6.pt is damaged"),
     "quant missing": ("04", W8, None, "03_quantize.py"),
@@ -106,6 +110,22 @@ def test_refusal_of_a_process_is_one_line_too(tmp_path):
     result = run_script("02_grad_cache", "--run", ".", cwd=tmp_path)
     refused(result, "01_collect_calib.py")
     assert result.stdout == "" and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("words", ["DefaultCPUAllocator: can't allocate memory", "std::bad_alloc"])
+def test_host_memory_that_is_out_is_one_line(words, monkeypatch, capsys, tmp_path):
+    """torch tells it by a plain RuntimeError, of a tensor as of a file, which is not damaged."""
+    torch.save({}, tmp_path / "whole.pt")
+
+    def out_of_memory(*args, **kwargs):
+        raise RuntimeError(f"[enforce fail] {words}: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(torch, "load", out_of_memory)
+    for main in (out_of_memory, lambda _: load_tensors(tmp_path / "whole.pt", "a file")):
+        with pytest.raises(SystemExit) as status:
+            cli.run_script(main, dict)
+        line = capsys.readouterr().err
+        assert status.value.code == 2 and "out of memory" in line and line.count("\n") == 1
 
 
 @pytest.mark.slow

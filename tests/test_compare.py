@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, parsed, run_in_process
 from PIL import Image
 
-from common.cli import InputError
+from common.errors import InputError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

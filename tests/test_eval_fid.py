@@ -17,7 +17,7 @@ from PIL import Image
 
 from common import feature_networks, inception
 from common.artifacts import FORMAT, sha256_of
-from common.cli import InputError
+from common.errors import InputError
 from common.metrics import coverage, frechet_distance, inception_score, moments, psnr
 from common.mnist_classifier import FeatureNet
 
@@ -378,14 +378,27 @@ def test_images_of_another_size_do_not_pair_up(run, evaluate, monkeypatch):
     assert rows_of(run)["w8a8"]["psnr"] is None and "size" in rows_of(run)["w8a8"]["note"]
 
 
-PAPERS = dict(num_images=10_000, size=(256, 256), steps=250, cfg_scale=1.5)
+@pytest.mark.parametrize("other", [dict(checkpoint="b" * 64), dict(vae="c" * 64)])
+def test_images_of_another_network_do_not_pair_up(other, run, evaluate):
+    """PSNR is absent where full precision was of another checkpoint or VAE, and says so."""
+    images = np.load(run / "samples_fp.npz")["arr_0"]
+    save_samples(run / "samples_fp.npz", images, meta=dict(inputs=INPUTS | other))
+    assert evaluate(run).returncode == 0
+    row = rows_of(run)["w8a8"]
+    assert row["psnr"] is None and f"{[*other][0]}'s file" in row["note"]
+
+
+PAPERS = dict(num_images=10_000, size=(256, 256), steps=250, cfg_scale=1.5, cfg_channels=3)
+PAPERS |= dict(vae="mse", dtype="fp32")
 
 
 def test_unlike_paper_names_what_differs_from_tables_1_and_2():
-    """T is 250 or 100, N is 10,000, 256 px, guidance 1.5; what a bare file does not say differs."""
+    """T is 250 or 100, N is 10,000, 256 px, guidance 1.5; what a bare file does not say differs.
+    So do labels that are not all classes in turn."""
     assert ev.unlike_paper(PAPERS) == ev.unlike_paper(PAPERS | dict(steps=100)) == []
-    others = dict(num_images=50_000, size=(512, 512), steps=50, cfg_scale=4.0)
-    for key, value in others.items():
+    assert ev.unlike_paper(PAPERS | dict(classes=[207])) == ["classes"]
+    others = dict(num_images=50_000, size=(512, 512), steps=50, cfg_scale=4.0, cfg_channels=4)
+    for key, value in (others | dict(vae="ema", dtype="bf16")).items():
         assert ev.unlike_paper(PAPERS | {key: value}) == [key]
         assert ev.unlike_paper(PAPERS | {key: None}) == [key]
 
@@ -412,7 +425,9 @@ def test_table_says_what_keeps_a_row_from_comparing(run, evaluate, capsys):
     row = rows_of(run)["fp"] | dict(FID=1.0, sFID=2.0, IS=3.0, feature_space="inception")
     ev.print_table([row | dict(name="ours"), row | dict(name="theirs", not_comparable=[])])
     _, _, ours, theirs = capsys.readouterr().out.splitlines()
-    assert ours.endswith("features, reference, num_images, size, steps") and "not" not in theirs
+    assert (
+        ours.endswith("features, reference, num_images, size, steps, vae") and "not" not in theirs
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -534,9 +549,15 @@ def bad_references(run):
         folder((8, 8), (8, 8))
         (path / "1.png").write_bytes((path / "1.png").read_bytes()[:40])
 
+    def two_deep_images():
+        folder((8, 8), (8, 8))
+        for file in path.iterdir():
+            Image.new("I;16", (8, 8), 40_000).save(file)
+
     yield from bad_files(path)
     yield "not there", path.unlink
     yield "one image", partial(folder, (8, 8))
+    yield "16 bits a channel", two_deep_images
     yield "images of two sizes", partial(folder, (8, 8), (8, 9))
     yield "half an image", half_an_image
     yield "neither images nor statistics", partial(np.savez, path, labels=IMAGES)
@@ -642,6 +663,7 @@ def test_script_refuses_bad_files_in_one_line(mutants, finished, tmp_path, evalu
 FLAGS = {"device": ["--device", "cuda:99"], "batch": ["--batch-size", "0"]}
 FLAGS |= {"beyond 64 bits": ["--batch-size", str(2**63)], "device tpu": ["--device", "tpu"]}
 FLAGS |= {"no run": ["--run", "nowhere"], "no reference": ["--reference", "nowhere.npz"]}
+FLAGS |= {"two networks": ["--inception", "nowhere.pth"]}
 FLAGS |= {"Inception": ["--features", "inception", "--inception", "nowhere.pth"]}
 
 

@@ -1,7 +1,13 @@
 """engine/int_products.py: products of int8 codes equal those of fake-quantized values."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
+from conftest import ROOT
 
 import quant_ops as q
 from engine import int_products as p
@@ -72,6 +78,19 @@ def test_product_of_the_most_inputs_is_exact(zero_point):
     assert (Q(x) == far).all()
     found = product(p.input_codes(Q, x, None), p.weight_codes(Q, w))
     assert (found == torch.tensor(255 * 255 * inputs).float()).all()
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "DEFAULT"])
+def test_a_unit_that_saturates_is_not_taken(isa):
+    """A CPU with VNNI that oneDNN is told not to use: its product is tried, not its name read."""
+    code = """
+        import torch
+        from engine.int_products import has_int_unit
+        a = torch.full((40, 72), -128, dtype=torch.int8)
+        exact = bool((torch._int_mm(a, a.T) == 72 * 128 * 128).all())
+        assert exact or not has_int_unit(a.device)"""
+    told = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=told, check=True)
 
 
 @pytest.mark.parametrize("device, rows, shape, taken", [

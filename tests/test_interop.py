@@ -21,6 +21,7 @@ from conftest import (
     lively_dit,
     refused,
     run_in_process,
+    same_images,
     snapshot,
     tiny_flags,
 )  # fmt: skip
@@ -30,9 +31,9 @@ import quant_ops as q
 from common import quant_file, weight_files
 from common.artifacts import provenance, save_artifact, sha256_of
 from common.checkpoints import find_checkpoint, load_dit
-from common.cli import InputError
 from common.diffusers_names import diffusers_config, is_diffusers, to_diffusers, to_official
 from common.diffusers_pipeline import AsDiT, load_into
+from common.errors import InputError
 from common.export_layouts import delta_tensors
 from common.images import to_uint8
 from common.vae import VAEDecoder, convert_vae, load_vae
@@ -533,8 +534,8 @@ def test_pipeline_answers_as_our_quantized_network(
 
 
 def test_pipeline_gives_the_images_of_04(diffusers, safetensors, plus_run):
-    """`trajectory` with the pipeline's transformer, from the noise of 04: its images, but for one
-    of 255 levels here and there."""
+    """`trajectory` with the pipeline's transformer, from the noise of 04: its images, but for an
+    input here and there that rounding puts on the other side of a code's border."""
     if not (plus_run / "quant_w6a6.safetensors").exists():
         exported(plus_run, "--wbits 6 --abits 6")
     pipe, _ = loaded(diffusers, plus_run, "w6a6")
@@ -542,8 +543,9 @@ def test_pipeline_gives_the_images_of_04(diffusers, safetensors, plus_run):
         expected, labels = samples["arr_0"], torch.from_numpy(samples["labels"])
     generators = image_generators(0, range(len(labels)))
     *_, (_, x) = trajectory(AsDiT(pipe.transformer), Diffusion(6), labels, generators, 1.5)
-    error = np.abs(to_uint8(x, None).numpy().astype(int) - expected.astype(int))
-    assert error.max() <= 1 and expected.std() > 10
+    images = to_uint8(x, None).numpy()
+    assert same_images(images, expected, few_differ=True) and expected.std() > 10
+    assert not same_images(images[::-1], expected, few_differ=True)
 
 
 class EpsAlone(torch.nn.Module):

@@ -104,6 +104,7 @@ def test_resident_tells_what_is_held_and_what_was():
     held = torch.ones(2**24)
     assert 60 < memory.resident("VmRSS") - before < 80
     del held
+    give_back_memory()
     assert memory.resident("VmRSS") - before < 16 and 60 < memory.resident("VmHWM") - before
     memory.forget_peak()
     assert memory.resident("VmHWM") - before < 16

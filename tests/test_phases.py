@@ -15,8 +15,8 @@ from common import phase3 as phase3_module
 from common import quant_file
 from common.artifacts import load_artifact
 from common.checkpoints import load_calib, load_calibrated
-from common.cli import InputError
 from common.distributed import ProcessGroup
+from common.errors import InputError
 from common.offload import unit_on, units
 from common.phase3 import Machine, Phase3
 from common.quant_file import make_quantizer, unpack_weight

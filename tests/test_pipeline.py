@@ -15,9 +15,22 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, ROOT, leftovers, refused, run_script, snapshot, tiny_flags
+from conftest import (
+    FLAGS,
+    ROOT,
+    leftovers,
+    refused,
+    run_script,
+    same_images,
+    snapshot,
+    tiny_flags,
+)  # fmt: skip
 
+from common import artifacts
+from common.artifacts import Parts
 from common.mnist_classifier import FeatureNet
+from common.quant_file import load_quant
+from models_dit import DiT
 
 TARGETS = {  # what each phase writes, the file that says it is done first
     "01_collect_calib": ["calib.pt"],
@@ -95,6 +108,41 @@ def test_same_command_again_is_up_to_date(name, tiny_run, tiny_ckpt, run_here):
     assert snapshot(tiny_run) == before
 
 
+def test_gradients_of_a_missing_unit_are_made_again(tiny_run, tiny_ckpt, tmp_path, run_here):
+    """02 on a run whose last file is there and another is not: the same files, and says why."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "grads" / "block_01.pt").unlink()
+    result = run_here("02_grad_cache", *tiny_flags("02_grad_cache", run, tiny_ckpt))
+    assert result.returncode == 0 and "block_01.pt is missing" in result.stdout
+    assert "wrote 4 files" in result.stdout
+    assert targets(run, "02_grad_cache") == targets(tiny_run, "02_grad_cache")
+
+
+def test_pieces_made_before_an_edit_are_not_taken(tmp_path, monkeypatch):
+    """A run that was killed, and goes on with other source, makes all of its result anew."""
+    head = dict(settings={}, inputs={})
+    Parts(tmp_path / "a.pt", head).save("x", 1)
+    assert Parts(tmp_path / "a.pt", head).has("x")
+    monkeypatch.setattr(artifacts, "source_digest", lambda: "after an edit")
+    assert not Parts(tmp_path / "a.pt", head).has("x")
+
+
+def test_a_network_whose_eps_is_zero_runs_to_the_end(tmp_path, run_here):
+    """An untrained DiT, with adaLN-Zero and a final layer of zeros: no error, an infinite SNR."""
+    torch.manual_seed(0)
+    how = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=4)
+    model = DiT(**how, num_classes=5)
+    for name, parameter in model.named_parameters():
+        if "adaLN" in name or "final_layer" in name:
+            parameter.data.zero_()
+    torch.save(model.state_dict(), tmp_path / "zero.pt")
+    for name in FLAGS:
+        result = run_here(name, *tiny_flags(name, tmp_path / "run", tmp_path / "zero.pt"))
+        assert result.returncode == 0, f"{name}: {result.stderr}"
+    report = load_quant(tmp_path / "run" / "quant_w6a6.pt")["report"]
+    assert set(report["snr_per_group"]) == {report["snr_weighted"]} == {float("inf")}
+
+
 @PHASES
 def test_other_settings_need_force(name, tiny_run, tiny_ckpt, tmp_path, run_here):
     """Another setting is refused and changes nothing; with --force it replaces the file."""
@@ -108,7 +156,8 @@ def test_other_settings_need_force(name, tiny_run, tiny_ckpt, tmp_path, run_here
 
 @pytest.mark.parametrize("bits", ["--fp", "--wbits 6 --abits 6"])
 def test_image_is_the_same_in_any_batch_and_range(bits, tiny_run, tmp_path, run_here):
-    """Eight images at --batch-size 1, 7 and 64, and images 3..5 alone, agree within 1/255."""
+    """Eight images at --batch-size 1, 7 and 64, and images 3..5 alone, agree within 1/255; if
+    quantized, but for a few where rounding puts an input on the other side of a code's border."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
 
     def sample(flags):
@@ -116,11 +165,13 @@ def test_image_is_the_same_in_any_batch_and_range(bits, tiny_run, tmp_path, run_
         assert run_here("04_sample", *command.split()).returncode == 0
         return arrays(run, "fp" if bits == "--fp" else "w6a6")
 
+    same = partial(same_images, few_differ=bits != "--fp")
     images, labels = sample("--num-images 8 --batch-size 64")
     for size in (1, 7):
-        assert np.abs(sample(f"--num-images 8 --batch-size {size}")[0] - images).max() <= 1
+        assert same(sample(f"--num-images 8 --batch-size {size}")[0], images)
     part, part_labels = sample("--first 3 --num-images 3")
-    assert np.abs(part - images[3:6]).max() <= 1 and (part_labels == labels[3:6]).all()
+    assert same(part, images[3:6]) and (part_labels == labels[3:6]).all()
+    assert not same(part, images[:3]) and not same(part, images[[3, 5, 4]])
 
 
 @pytest.mark.parametrize("T", ["6", "2", "11"])

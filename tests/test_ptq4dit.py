@@ -60,7 +60,7 @@ def test_released_layers_fold_into_adaln_in_full_precision(run):
 
 @pytest.mark.parametrize("flags, words", [
     (["--softmax-bits", "1"], "--softmax-bits 1: must be 2..8"),
-    (["--iterations", "-1"], "--iterations -1: at least 1"),
+    (["--iterations", "-1"], "--iterations -1: at least 0"),
     (["--batch", "0"], "--batch 0: at least 1"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(run, flags, words):

@@ -270,7 +270,9 @@ def test_noise_of_another_shape_is_refused(ptqd_run, tmp_path):
     refused(run_in_process("04_sample", *flags.split()), "noise.std")
 
 
-@pytest.mark.parametrize("flags", ["--edge-bits 9", "--trajectories 0", "--seed -1"])
+@pytest.mark.parametrize(
+    "flags", ["--edge-bits 9", "--trajectories 0", "--trajectories 1000001", "--seed -1"]
+)
 def test_bad_flags_are_refused(flags, tiny_run):
     """One line, status 2, nothing written."""
     command = f"--run {tiny_run} --wbits 4 --abits 5 {flags}"

@@ -64,7 +64,7 @@ def test_rounding_learns_with_the_units_before_quantized(run):
 
 @pytest.mark.parametrize("flags, words", [
     (["--softmax-bits", "9"], "--softmax-bits 9: must be 2..8"),
-    (["--scale-iterations", "-1"], "--scale-iterations -1: at least 1"),
+    (["--scale-iterations", "-1"], "--scale-iterations -1: at least 0"),
     (["--weight-batch", "0"], "--weight-batch 0: at least 1"),
     (["--weight-lr", "1"], "--weight-lr 1.0: above 0, below 1"),
     (["--scale-lr", "0"], "--scale-lr 0.0: above 0, below 1"),

@@ -65,6 +65,27 @@ def test_percentiles_leave_out_what_costs_more_than_it_saves():
     assert ranges.values_by_percentile(data, "x", 4).scale * 15 < 4
 
 
+@pytest.mark.parametrize("most", [7, 50, 10_000])
+@pytest.mark.parametrize("columns", [6, 49, 64])
+def test_some_of_sees_every_column(columns, most):
+    """At most so many values, evenly spread, and no column of any width is left out."""
+    parts = torch.arange(300 * columns).view(3, 100, columns).unbind()
+    found = ranges.some_of(parts, most)
+    steps = found.diff().unique()
+    assert len(found) <= most and len(steps) == 1
+    assert len((found % columns).unique()) == min(columns, len(found))
+
+
+def test_percentiles_see_an_outlying_channel_of_any_index(monkeypatch):
+    """Few values of many: a large channel still widens the range."""
+    monkeypatch.setattr(ranges, "MOST", 6000)
+    for channel in range(12):
+        x = wave(3000, 12)  # 36,000 values: every sixth would see two channels
+        x[:, channel] *= 40
+        data = linear_data(torch.ones(3000, 4), x=x)
+        assert ranges.values_by_percentile(data, "x", 4).scale * 15 > 40, channel
+
+
 # ------------------------------------------------------------------------------------------------
 # AdaRound
 

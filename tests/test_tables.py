@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, parsed
 
 from common.checkpoints import load_calib, load_calibrated
-from common.cli import InputError
+from common.errors import InputError
 from models_dit import Diffusion
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

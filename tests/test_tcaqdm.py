@@ -109,6 +109,17 @@ def attention(heavy):
     return LayerData(chunks, CPU, num_groups=2)
 
 
+def test_adaptive_quantizer_tests_the_values_of_every_key(monkeypatch):
+    """Of more values than it fits a law to, some of each key's."""
+    rows, seen = attention(True), []
+    for chunk in rows.chunks:
+        chunk.a.copy_(torch.arange(25).expand_as(chunk.a))
+    monkeypatch.setattr(TCAQ, "MOST", 1000)  # of 5,000: every fifth would see five keys
+    monkeypatch.setattr(TCAQ, "power_law_ratio", lambda values: seen.append(values) or 0)
+    TCAQ.adaptive_quantizer(rows, 4)
+    assert seen[0].unique().tolist() == [*range(25)] and len(seen[0]) <= 1000
+
+
 @pytest.mark.parametrize("heavy", [True, False])
 def test_adaptive_quantizer_takes_the_grid_of_its_distribution_at_least_error(heavy):
     """Logarithmic for a power law, else uniform; its scale has the least |error|^2.4 of 80."""
