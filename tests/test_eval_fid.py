@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_script
+from conftest import leftovers, load_script
 from PIL import Image
 
 from common import feature_networks, inception
@@ -376,6 +376,52 @@ def test_images_of_another_size_do_not_pair_up(run, evaluate, monkeypatch):
     save_samples(run / "samples_w8a8.npz", np.zeros((12, 10, 10, 1), np.uint8))
     assert evaluate(run).returncode == 0
     assert rows_of(run)["w8a8"]["psnr"] is None and "size" in rows_of(run)["w8a8"]["note"]
+
+
+def test_precision_is_of_the_samples_and_recall_of_the_reference(run, evaluate):
+    """Paler images than the reference's, by the naive loop."""
+    images = rng(5).integers(100, 156, (12, 8, 8, 1), dtype=np.uint8)
+    save_samples(run / "samples_w8a8.npz", images)
+    assert evaluate(run).returncode == 0
+    network = feature_networks.load_network(str(run / "features.pt"), None, torch.device("cpu"))
+    both = images, np.load(run / "reference.npz")["arr_0"]
+    ours, real = (feature_networks.run_network(network, x, "")[0].numpy() for x in both)
+    row, expected = rows_of(run)["w8a8"], (naive_coverage(ours, real), naive_coverage(real, ours))
+    assert (row["precision"], row["recall"]) == expected and expected[0] != expected[1]
+
+
+def test_inception_score_is_that_of_the_logits(run, evaluate, monkeypatch):
+    """Certain of three classes that share the images evenly: 3."""
+
+    def outputs(x):
+        means = x.float().mean((1, 2))
+        return means, means, 1000.0 * F.one_hot(torch.arange(len(x)) % 3, 3)
+
+    network = feature_networks.Network(outputs, (1,), run / "features.pt", torch.device("cpu"))
+    monkeypatch.setattr(ev, "load_network", lambda *names: network)
+    assert evaluate(run).returncode == 0
+    assert rows_of(run)["w8a8"]["IS(demo)"] == pytest.approx(3)
+
+
+def test_new_full_precision_images_give_new_psnr(run, evaluate):
+    """A row depends on the samples_fp.npz that it was held against."""
+    evaluate(run)
+    before = rows_of(run)["w8a8"]["psnr"]
+    save_samples(run / "samples_fp.npz", np.load(run / "samples_fp.npz")["arr_0"] ^ 2)
+    assert evaluate(run).returncode == 0 and rows_of(run)["w8a8"]["psnr"] < before - 1
+
+
+def test_images_of_other_labels_do_not_pair_up(run, evaluate):
+    """The same seeds under other classes: PSNR is absent and says why."""
+    change(run / "samples_w8a8.npz", labels=np.zeros(12, int))
+    assert evaluate(run).returncode == 0
+    row = rows_of(run)["w8a8"]
+    assert row["psnr"] is None and "labels" in row["note"]
+
+
+def test_nothing_temporary_is_left(run, evaluate):
+    """No folder of features stays behind."""
+    assert evaluate(run).returncode == 0 and not leftovers(run)
 
 
 @pytest.mark.parametrize("other", [dict(checkpoint="b" * 64), dict(vae="c" * 64)])

@@ -13,7 +13,10 @@ from conftest import (
     snapshot,
 )
 
-from common.quant_file import make_layer
+import quant_ops as q
+from common.checkpoints import load_calib
+from common.quant_file import make_layer, unpack_weight
+from common.unit_data import rows_to_search
 
 SCRIPT = "methods/htg"
 HTG = load_script(SCRIPT)
@@ -139,3 +142,27 @@ def test_bad_flags_are_refused(run, flags, words):
     before = snapshot(run)
     refused(run_in_process(SCRIPT, "--run", run, *FLAGS, *flags), words)
     assert snapshot(run) == before
+
+
+def test_rounding_is_the_one_asked_for():
+    """nearest: the weight on its grid; gptq: another one, of less error."""
+    layer, t, _, data = drifting()
+    found = {
+        how: HTG.quantize_shifted(layer_of(layer), data, settings(wbits=3, rounding=how), t, 6)
+        for how in ("nearest", "gptq")
+    }
+    state = found["nearest"]["state"]
+    scaled = layer.weight * state["smooth"]
+    Q_W = q.uniform_candidates(*scaled.aminmax(dim=1, keepdim=True), 3)[0]
+    torch.testing.assert_close(unpack_weight(state["weight"]), Q_W(scaled))
+    assert found["gptq"]["cost"] < found["nearest"]["cost"]
+
+
+def test_timesteps_are_those_of_the_rows_searched(run, monkeypatch):
+    """--rows 6: the centres of a timestep are of its own rows."""
+    seen, real = [], HTG.quantize_shifted
+    monkeypatch.setattr(HTG, "quantize_shifted", lambda *a: seen.append(a[3]) or real(*a))
+    quant_file_of(SCRIPT, run, *"--wbits 4 --abits 6 --timestep-groups 2 --rows 6".split())
+    calib = load_calib(run)
+    expected = calib["calibration"]["t"][rows_to_search(calib, 6)]
+    assert seen and all(torch.equal(t, expected) for t in seen)

@@ -242,3 +242,41 @@ def test_sample_names_the_folded_mode(tiny_run, tmp_path, run_here):
         assert ("MRQ folded" in line) == (engine == "int8-folded")
     result = run_here("04_sample", *flags, "int8")
     assert result.returncode == 2 and "--force" in result.stderr
+
+
+@pytest.mark.parametrize("key", ["view", "shift", "low_rank", "regroup", "hadamard"])
+def test_what_the_engine_has_not_stays_in_floating_point(key):
+    """A layer of another method is never multiplied without what its state asks for."""
+    weight, Q_W = weight_and_grid(4)
+    state = state_of(weight, Q_W, quantizer("uniform", 4, torch.tensor(1.0)))
+    assert not Int8Engine().beyond(state)
+    (state["weight"] if key == "view" else state)[key] = None
+    assert Int8Engine().beyond(state)
+
+
+def test_a_bias_for_each_time_group_stays_in_floating_point():
+    """A bias (G, O) has no place in the product."""
+    weight, Q_W = weight_and_grid(4)
+    state = state_of(weight, Q_W, quantizer("uniform", 4, torch.tensor(1.0)))
+    assert "bias" in Int8Engine().beyond(state | dict(bias=torch.zeros(3, 48)))
+
+
+@needs_product
+def test_time_groups_have_zero_points_of_their_own():
+    """Ranges of one sign, of the other and of both; a batch of mixed groups and one of a group."""
+    weight, Q_W = weight_and_grid(4)
+    low, high = torch.tensor([0.0, -3.0, -1.0]), torch.tensor([3.0, 0.0, 2.0])
+    act, x = q.uniform_candidates(low, high, 6)[0], torch.randn(6, 10, 200)
+    layer = Int8Engine().make_layer(state_of(weight, Q_W, act))
+    for group in (torch.tensor([2, 0, 1, 1, 2, 0]), torch.tensor([1] * 6)):
+        expected = F.linear(act(x, group).double(), Q_W(weight).double(), layer.bias.double())
+        assert (layer(x, group) - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_too_many_inputs_for_int32_stay_in_floating_point(monkeypatch):
+    """The printed line says so."""
+    monkeypatch.setattr(e, "MAX_INPUTS", 200)
+    weight, Q_W = weight_and_grid(4)
+    engine = Int8Engine()
+    engine.make_layer(state_of(weight, Q_W, quantizer("uniform", 4, torch.tensor(1.0))))
+    assert engine.on_integers == 0 and "too many inputs" in engine.describe()

@@ -136,3 +136,19 @@ def test_u8s8_is_taken_where_nothing_saturates_and_it_pays(
     """The bound is that of two neighbouring products."""
     monkeypatch.setattr(cpu_products, "pair_limit", lambda: limit)
     assert cpu_products.pays(torch.zeros(8, inputs), bits, highest) is pays
+
+
+@pytest.mark.skipif(bool(avx2.why_not()), reason=avx2.why_not())
+@pytest.mark.parametrize("gelu", [False, True])
+def test_weight_of_a_search_is_packed_for_the_inputs_bits(monkeypatch, gelu):
+    """Its run is the longest that no input's code of these bits, or of a region, overflows."""
+    monkeypatch.setattr(int_losses, "has_int_unit", lambda device: False)
+    monkeypatch.setattr(cpu_products, "whose", lambda: cpu_products.AVX2)
+    monkeypatch.setattr(cpu_products, "pair_limit", lambda: cpu_products.SATURATING)
+    for bits in (4, 6):
+        W, (Q_W, _), Q_X, grids, data = search_case(bits, gelu, False, (32, 256), mean=0.3)
+        candidates = grids[0](Q_X) if gelu else grids
+        product = int_losses.on_integers(q.InputLoss(W, Q_W), candidates, data).product
+        v = (q.quantize(W, Q_W.scale, Q_W.zero_point, bits) - Q_W.zero_point).to(torch.int8)
+        highest = 2 ** (bits - 1) if gelu else 2**bits - 1
+        assert product.weight(Q_W, W).run == avx2.quick_run(v, highest)

@@ -17,13 +17,16 @@ from conftest import (
 
 import quant_ops as q
 from common.artifacts import load_artifact
+from common.checkpoints import load_calib
 from common.fast_search import FastSearch
 from common.layer_data import LayerData, MatMulChunk
 from common.layer_schema import Block
 from common.quant_file import make_layer, unpack_weight
 from common.quantizers import hadamard_matrix, rotate
+from common.unit_data import rows_to_search
 from methods.balancing import Way, smoothquant_factors
-from methods.rounding import gptq, group_grid, low_rank_part, rounded_to
+from methods.rounding import gptq, gram, group_grid, low_rank_part, rounded_to
+from models_dit import Diffusion
 
 PLUS = load_script("methods/tqdit_plus")
 PLAIN = dict(
@@ -88,8 +91,8 @@ def test_gptq_stays_on_the_grid_and_lowers_the_output_error():
 def test_gptq_of_uncorrelated_inputs_is_nearest_rounding():
     """A diagonal Gram matrix leaves nothing to make up for; so does one that is zero."""
     _, weight, grid, nearest = gptq_case()
-    for gram in (torch.diag(torch.rand(32) + 0.1), torch.zeros(32, 32)):
-        torch.testing.assert_close(gptq(weight, *grid, gram), nearest, rtol=0, atol=1e-5)
+    for products in (torch.diag(torch.rand(32) + 0.1), torch.zeros(32, 32)):
+        torch.testing.assert_close(gptq(weight, *grid, products), nearest, rtol=0, atol=1e-5)
 
 
 def test_gptq_takes_a_grid_for_each_column():
@@ -383,3 +386,47 @@ def test_04_samples_its_file_alone(tiny_run, tmp_path):
     files = tmp_path / "samples_w4a5_plus.npz", tiny_run / "samples_fp.npz"
     images, twins = (np.load(file)["arr_0"].astype(float) for file in files)
     assert 0 < np.abs(images - twins).mean() < 0.5 * np.abs(images - twins[::-1]).mean()
+
+
+@pytest.mark.parametrize("changes", [{}, dict(weight_group=8, rounding="gptq", input_group=8)])
+def test_plain_mse_chooses_otherwise_at_a_higher_weighted_cost(changes):
+    """--metric mse: searched and rounded with G^(l) = 1 (D11); the report's cost has G^(l)."""
+    flags = dict(wbits=3, abits=8) | changes
+    layer, data, state, mse = quantized(metric="mse", **flags)
+    made = make_layer(state)
+    error = [(c.grad * (made(c.x, c.group) - layer(c.x))).square().sum().item() for c in data]
+    assert quantized(**flags)[-1] < mse == pytest.approx(sum(error), rel=1e-3)
+
+
+def test_rounds_alternate():
+    """R = 2: weight, input, weight, input."""
+    calls = []
+
+    class Counted(FastSearch):
+        def __call__(self, *args):
+            calls.append(type(args[2]).__name__)
+            return super().__call__(*args)
+
+    layer, data, *_ = quantized()
+    PLUS.quantize_linear(layer_of(layer), data, PLUS.Settings(**PLAIN | dict(rounds=2)), Counted)
+    assert calls == 2 * ["WeightLoss", "InputLoss"]
+
+
+def test_gram_weighs_rows_by_their_squared_gradient():
+    """Eq. (16) of a row whose outputs are alike: the mean of G^(l) over them."""
+    x, grad = torch.randn(30, 4), torch.randn(30, 3) * torch.logspace(-1, 1, 30)[:, None]
+    found = gram(linear_data(grad, x=x), q.FullPrecision())
+    weight = torch.stack([(g * g).mean() for g in grad]).double()
+    expected = sum(w * torch.outer(v, v) for w, v in zip(weight, x.double(), strict=True))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_last_layer_is_fitted_by_the_sensitivity_of_its_rows(tiny_run, tmp_path, monkeypatch):
+    """Each row weighs by how much the sampler moves x with its eps."""
+    seen, real = [], PLUS.fitted
+    monkeypatch.setattr(PLUS, "fitted", lambda *args: seen.append(args) or real(*args))
+    quant_file(tiny_run, tmp_path, [])
+    ((_, _, _, importance),) = seen
+    calib = load_calib(tiny_run)
+    t = calib["calibration"]["t"][rows_to_search(calib, 6)]
+    torch.testing.assert_close(importance, Diffusion(6).sensitivity()[t])

@@ -6,13 +6,20 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import layer_of, linear_data, load_script, run_in_process, same_leaves
+from conftest import (
+    layer_of,
+    linear_data,
+    load_script,
+    run_in_process,
+    same_leaves,
+    tiny_flags,
+)
 
 import models_dit as m
 import quant_ops as q
+from common import fast_search, quant_file, trajectories
 from common import layer_data as d
 from common import phase3 as phase3_module
-from common import quant_file
 from common.artifacts import load_artifact
 from common.checkpoints import load_calib, load_calibrated
 from common.distributed import ProcessGroup
@@ -24,7 +31,8 @@ from common.report import signal_to_noise
 from common.trajectories import STREAM
 from common.unit_data import load_units, spread_rows
 
-PHASE1, PHASE3 = load_script("01_collect_calib"), load_script("03_quantize")
+PHASE1, PHASE2 = load_script("01_collect_calib"), load_script("02_grad_cache")
+PHASE3 = load_script("03_quantize")
 CPU = torch.device("cpu")
 SETTINGS = dict(
     wbits=4, abits=5, metric="hessian", mrq=True, tgq=True, rounds=2, layers="released",
@@ -118,6 +126,71 @@ def whole_network_gradients(model, names, calib):
     for handle in handles:
         handle.remove()
     return dict(zip(names, grads, strict=True))
+
+
+def test_validation_rows_come_from_trajectories_that_calibration_never_sees(tiny_ckpt, tmp_path):
+    """The report's rows are held out: of trajectories behind those of the calibration rows."""
+    log = run_in_process("01_collect_calib", *tiny_flags("01_collect_calib", tmp_path, tiny_ckpt))
+    assert log.returncode == 0, log.stderr
+    calib = load_calib(tmp_path)
+    used, held = (calib[part]["trajectory"] for part in ("calibration", "validation"))
+    assert used.max() < calib["settings"]["trajectories"] <= held.min()
+
+
+def test_without_guidance_no_row_has_the_null_label(tiny_ckpt, tmp_path):
+    """D3: --cfg-scale 1 never asks under it, so no row is of it."""
+    flags = tiny_flags("01_collect_calib", tmp_path, tiny_ckpt)
+    assert run_in_process("01_collect_calib", *flags, "--cfg-scale", 1).returncode == 0
+    calib = load_calib(tmp_path)
+    assert all((calib[part]["y"] < 5).all() for part in ("calibration", "validation"))
+
+
+@torch.no_grad()
+def test_guidance_covers_the_channels_asked_for_in_01_and_04(tiny_ckpt, tmp_path):
+    """--cfg-channels 1: rows and images are those of trajectories guided in one channel."""
+    flags = tiny_flags("01_collect_calib", tmp_path, tiny_ckpt)
+    assert run_in_process("01_collect_calib", *flags, "--cfg-channels", 1).returncode == 0
+    flags = "--run", tmp_path, "--fp", "--num-images", 2
+    assert run_in_process("04_sample", *flags).returncode == 0
+    calib, model = opened(tmp_path)
+    diffusion, rows, how = m.Diffusion(6), calib["calibration"], (calib["settings"]["cfg_scale"], 1)
+    i = (rows["y"] < 5).nonzero()[0]
+    generators = m.image_generators(0, rows["trajectory"][i].tolist(), STREAM)
+    x_0 = dict(m.trajectory(model, diffusion, rows["y"][i], generators, *how))[-1]
+    torch.testing.assert_close(rows["x_0"][i], x_0, rtol=1e-3, atol=1e-3)
+    generators = m.image_generators(0, [0, 1])
+    *_, (_, x) = m.trajectory(model, diffusion, torch.arange(2), generators, *how)
+    images = (127.5 * x + 128).clamp(0, 255).permute(0, 2, 3, 1).byte().numpy()
+    with np.load(tmp_path / "samples_fp.npz") as samples:
+        assert np.abs(samples["arr_0"].astype(int) - images).max() <= 1
+
+
+def test_seed_of_phase_1_draws_other_labels_and_tuples():
+    """Classes stay equally frequent; what is drawn next differs too."""
+    (one, rng), (other, more) = (
+        trajectories.draw_labels(dict(seed=i, trajectories=64), 1000) for i in (0, 1)
+    )
+    assert not torch.equal(one, other) and rng.integers(2**60) != more.integers(2**60)
+
+
+def test_renoise_adds_noise_of_the_seed_to_x_0(tiny_run):
+    """--eps renoise: the gradient is taken at the x_t that this eps makes (D2)."""
+    calib = load_calib(tiny_run)
+    rows, diffusion = calib["calibration"], m.Diffusion(calib["settings"]["steps"])
+    eps, x_t = PHASE2.noise_and_inputs(rows, diffusion, "renoise", 7)
+    implied = diffusion.implied_eps(x_t, rows["x_0"], rows["t"])
+    torch.testing.assert_close(eps, implied, rtol=0, atol=1e-3)
+    assert not torch.equal(eps, PHASE2.noise_and_inputs(rows, diffusion, "renoise", 8)[0])
+
+
+def test_every_token_has_the_time_group_of_its_row(tiny_run):
+    """Rows of a linear layer's data are tokens, those of a sample next to each other."""
+    calib, model = opened(tiny_run)
+    unit = found_units(tiny_run, ["block_00"], model, calib)["block_00"]
+    with unit_on(model, "block_00", "cpu") as function:
+        data = d.layer_data(function, model.blocks[0].attn.qkv, unit, 5, None, CPU)
+    found = torch.cat([chunk.group for chunk in data])
+    assert torch.equal(found, unit.groups.repeat_interleave(16))
 
 
 def test_unit_local_gradients_equal_autograd_of_the_whole_network(tiny_run):
@@ -341,35 +414,52 @@ def matmul_case():
     return columns, d.LayerData([d.MatMulChunk(*chunk) for chunk in chunks], CPU, 2)
 
 
+@pytest.mark.parametrize("metric", ["hessian", "mse"])
 @pytest.mark.parametrize("tgq", [True, False])
 @pytest.mark.parametrize("mrq", [True, False])
-def test_quantize_matmul_equals_brute_force(tgq, mrq):
-    """Alg. 1 lines 24-33: s_1 (or alpha) of every time group on that group's rows, then B."""
+def test_quantize_matmul_equals_brute_force(tgq, mrq, metric):
+    """Alg. 1 lines 24-33, R = 2: s_1 (or alpha) of every time group on that group's rows, then B;
+    the cost is Eq. (16) of that, whatever was searched by."""
     (grad, z, a, b, groups), data = matmul_case()
-    cfg = settings(rounds=1, tgq=tgq, mrq=mrq)
-    state = PHASE3.quantize_matmul(layer_of(None, post_softmax=True), data, cfg, q.search)["state"]
-    scale_b, quantize_b = brute_uniform(b, cfg.abits)
-    b_hat, half = quantize_b(b, scale_b), 2 ** (cfg.abits - 1)
+    cfg = settings(tgq=tgq, mrq=mrq, metric=metric)
+    found = PHASE3.quantize_matmul(layer_of(None, post_softmax=True), data, cfg, q.search)
+    state, g = found["state"], torch.ones_like(grad) if metric == "mse" else grad
+    (scale_b, quantize_b), half = brute_uniform(b, cfg.abits), 2 ** (cfg.abits - 1)
 
-    def best_for(rows):
+    def best_for(rows, b_hat):
         scale, make = brute_uniform(a[rows], cfg.abits)
         candidates = [alpha * scale for alpha in ALPHAS]
         if mrq:
             candidates = [2.0**-i / half for i in range(20)]
             make = lambda v, s: q.mrq_softmax(v, torch.tensor(s).double(), cfg.abits)  # noqa: E731
-        found = [make(a[rows], s) @ b_hat[rows] - z[rows] for s in candidates]
-        return candidates[losses(found, grad[rows]).argmin()]
+        tried = [make(a[rows], s) for s in candidates]
+        best = losses([x @ b_hat[rows] - z[rows] for x in tried], g[rows]).argmin()
+        return candidates[best], tried[best]
 
-    which = [groups == i for i in range(2)] if tgq else [groups >= 0]
-    expected = torch.tensor([best_for(rows) for rows in which])
-    found = state["a"]["scale1" if mrq else "scale"]
-    assert found.ndim == (1 if tgq else 0)
-    torch.testing.assert_close(found.flatten().float(), expected.float(), rtol=1e-5, atol=0)
+    which, alpha = [groups == i for i in range(2)] if tgq else [groups >= 0], 1.0
+    for _ in range(cfg.rounds):
+        best = [best_for(rows, quantize_b(b, alpha * scale_b)) for rows in which]
+        a_hat = torch.cat([x for _, x in best])
+        tried = [a_hat @ quantize_b(b, x * scale_b) - z for x in ALPHAS]
+        alpha = ALPHAS[losses(tried, g).argmin()]
+    expected = torch.tensor([s for s, _ in best]).double()
+    scales = state["a"]["scale1" if mrq else "scale"]
+    assert scales.ndim == (1 if tgq else 0)
+    torch.testing.assert_close(scales.flatten().double(), expected, rtol=1e-5, atol=0)
     assert not tgq or expected[0] != expected[1]  # or the test would not see the groups
-    a_hat = make_quantizer(state["a"])(a, groups)
-    found = losses([a_hat @ quantize_b(b, x * scale_b) - z for x in ALPHAS], grad)
-    best = ALPHAS[found.argmin()] * scale_b
-    assert state["b"]["scale"].item() == pytest.approx(best, rel=1e-5)
+    assert state["b"]["scale"].item() == pytest.approx(alpha * scale_b, rel=1e-5)
+    cost = losses([a_hat @ quantize_b(b, alpha * scale_b) - z], grad).item()
+    assert found["cost"] == pytest.approx(cost, rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["hessian", "mse"])
+def test_cost_is_weighted_whatever_the_metric(metric):
+    """The report's cost is Eq. (16) of what was chosen, by HO or by plain MSE (D11)."""
+    layer, x, z, grad, data = linear_case()
+    found = PHASE3.quantize_linear(layer_of(layer), data, settings(metric=metric), q.search)
+    W_hat = unpack_weight(found["state"]["weight"]).double()
+    error = make_quantizer(found["state"]["act"])(x) @ W_hat.T - z
+    assert found["cost"] == pytest.approx((grad * error).square().sum().item(), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -412,6 +502,15 @@ def test_each_switch_of_table_3_changes_its_own_quantizers(quantized):
 def test_machine_flags_change_no_scale_and_no_code(machine, quantized):
     """The plain search, and other chunks, write the same layers, bit for bit."""
     assert same_leaves(quantized(""), quantized(machine))
+
+
+def test_search_plain_never_asks_the_fast_one(tiny_run, tmp_path, monkeypatch):
+    """--search plain is the definition."""
+    for name in ("calib.pt", "grads"):
+        (tmp_path / name).symlink_to(tiny_run / name)
+    monkeypatch.setattr(fast_search.FastSearch, "__call__", pytest.fail)
+    flags = f"--run {tmp_path} --wbits 4 --abits 4 --rows 3 --rounds 1 --search plain"
+    assert run_in_process("03_quantize", *flags.split()).returncode == 0
 
 
 @torch.no_grad()

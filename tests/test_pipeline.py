@@ -19,6 +19,7 @@ from conftest import (
     FLAGS,
     ROOT,
     leftovers,
+    load_script,
     refused,
     run_script,
     same_images,
@@ -30,7 +31,7 @@ from common import artifacts
 from common.artifacts import Parts
 from common.mnist_classifier import FeatureNet
 from common.quant_file import load_quant
-from models_dit import DiT
+from models_dit import Diffusion, DiT
 
 TARGETS = {  # what each phase writes, the file that says it is done first
     "01_collect_calib": ["calib.pt"],
@@ -183,6 +184,32 @@ def test_quant_file_alone_samples_with_any_timesteps(T, tiny_run, tmp_path, run_
     assert np.array_equal(arrays(tmp_path)[0], arrays(tiny_run)[0]) == (T == "6")
 
 
+@pytest.mark.parametrize("T", [6, 2, 11])
+def test_time_groups_follow_the_number_of_steps(T, tiny_run):
+    """Eq. (9) at another T: every step's group is that of its own sampling index (D4)."""
+    how = tiny_run / "quant_w6a6.pt", T, "float", torch.device("cpu")
+    model, *_ = load_script("04_sample").quantized(*how)
+    told = Diffusion(T).timestep_map
+    assert model.group_table[told].tolist() == [t * 3 // T for t in range(T)]
+
+
+def test_seed_draws_other_noise_for_every_image(tiny_run, tmp_path, run_here):
+    """04 --seed 1: no image is the one of --seed 0."""
+    shutil.copy(tiny_run / "quant_w6a6.pt", tmp_path)
+    flags = [*tiny_flags("04_sample", tmp_path, None), "--seed", 1]
+    assert run_here("04_sample", *flags).returncode == 0
+    assert np.abs(arrays(tmp_path)[0] - arrays(tiny_run)[0]).mean((1, 2, 3)).min() > 1
+
+
+def test_bf16_is_near_fp32_and_not_equal(tiny_run, tmp_path, run_here):
+    """04 --dtype bf16 reaches the network."""
+    (tmp_path / "calib.pt").symlink_to(tiny_run / "calib.pt")
+    flags = "--run", tmp_path, "--fp", "--num-images", 6, "--dtype", "bf16"
+    assert run_here("04_sample", *flags).returncode == 0
+    apart = np.abs(arrays(tmp_path, "fp")[0] - arrays(tiny_run, "fp")[0])
+    assert 0 < apart.mean() < 20
+
+
 # ------------------------------------------------------------------------------------------------
 # Interrupted, killed, without space
 
@@ -224,6 +251,43 @@ def test_interrupted_run_continues_and_ends_with_the_same_bytes(
     assert run_here(name, *flags).returncode == 0
     assert targets(run, name) == targets(tiny_run, name) and not leftovers(run)
     assert len(written) <= len(set(written)) + 1, f"finished work was done again: {written}"
+
+
+def test_forced_02_that_is_interrupted_leaves_no_mixture_for_03(
+    tiny_run, tmp_path, interrupt, run_here
+):
+    """Half of its units are replaced: 03 is told that 02 is not finished."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "quant_w6a6.pt").unlink()
+    interrupt("block_00.pt")
+    flags = [*tiny_flags("02_grad_cache", run, None), "--eps", "renoise", "--force"]
+    assert run_here("02_grad_cache", *flags).returncode == 130
+    interrupt("no file")
+    refused(run_here("03_quantize", *tiny_flags("03_quantize", run, None)), "02_grad_cache.py")
+
+
+def test_another_batch_size_takes_no_parts_of_the_first(tiny_run, tmp_path, interrupt, run_here):
+    """Stopped after two images, continued three at a time: six images, those of one go."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "samples_fp.npz").unlink()
+    flags = "--run", run, "--fp", "--num-images", 6, "--batch-size"
+    interrupt("*", 2)
+    assert run_here("04_sample", *flags, 2).returncode == 130
+    interrupt("no file")
+    assert run_here("04_sample", *flags, 3).returncode == 0
+    assert same_images(arrays(run, "fp")[0], arrays(tiny_run, "fp")[0])
+
+
+@PHASES
+def test_a_phase_that_is_up_to_date_clears_what_a_killed_one_left(
+    name, tiny_run, tiny_ckpt, tmp_path, run_here
+):
+    """Killed after its last write, it left the folder of its parts."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    whole = "grads" if name.startswith("02") else TARGETS[name][0]
+    (run / f".{whole}.0123456789ab").mkdir()
+    result = run_here(name, *tiny_flags(name, run, tiny_ckpt))
+    assert "is up to date" in result.stdout and not leftovers(run)
 
 
 @pytest.mark.parametrize("stopped, last", [("A", "B"), ("AB", "A")])

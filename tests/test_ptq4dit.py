@@ -6,11 +6,24 @@ factors of one layer; each of its samples is a timestep here.
 
 import pytest
 import torch
-from conftest import quant_file_of, refused, run_in_process, snapshot, wave
+from conftest import (
+    layer_of,
+    linear_data,
+    load_script,
+    quant_file_of,
+    refused,
+    run_in_process,
+    snapshot,
+    wave,
+)
 
+from common.checkpoints import load_calib
+from common.unit_data import rows_to_search
 from methods.balancing import by_timestep, salience_factors
+from models_dit import LayerSpec
 
 SCRIPT = "methods/ptq4dit"
+PTQ = load_script(SCRIPT)
 FLAGS = "--wbits 4 --abits 6 --iterations 3 --batch 4".split()
 THEIRS = [1.18156, 2.031879, 0.938001, 1.173524, 1.590289, 1.307228]
 
@@ -68,3 +81,38 @@ def test_bad_flags_are_refused(run, flags, words):
     before = snapshot(run)
     refused(run_in_process(SCRIPT, "--run", run, *FLAGS, *flags), words)
     assert snapshot(run) == before
+
+
+def test_timesteps_are_those_of_the_rows_searched(run, monkeypatch):
+    """--rows 6: two of each group, from both ends."""
+    seen, real = [], PTQ.start
+
+    def watched(layer, data, t, cfg):
+        seen.append(t)
+        return real(layer, data, t, cfg)
+
+    monkeypatch.setattr(PTQ, "start", watched)
+    quant_file_of(SCRIPT, run, *"--wbits 4 --abits 6 --iterations 0 --rows 6".split())
+    calib = load_calib(run)
+    expected = calib["calibration"]["t"][rows_to_search(calib, 6)]
+    assert seen and all(torch.equal(t, expected) for t in seen)
+
+
+@pytest.mark.parametrize("ssc", [True, False])
+def test_a_layer_starts_balanced_with_ranges_of_what_it_will_see(ssc):
+    """a_j is a magnitude; --no-ssc weighs timesteps alike; the range is that of x / s."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(6, 5).requires_grad_(False)
+    x = torch.randn(24, 6) * torch.tensor([1.0, 30, 1, 2, 1, 5])
+    x[:, 3] = -40 * x[:, 3].abs()  # large below zero alone
+    data = linear_data(torch.ones(24, 5), x @ module.weight.T, x, rows=8)
+    layer = layer_of(module)._replace(spec=LayerSpec("block", "mlp.fc1"))
+    cfg = PTQ.Settings(4, 8, 8, True, ssc, 0, 4, 1e-3, 1e-3, "own", None, "")
+    t, peaks = torch.tensor([5, 5, 1, 1, 3, 3]), x.view(6, 4, 6).abs().amax(1)
+    x_max = torch.stack([peaks[t == i].amax(0) for i in (1, 3, 5)])
+    s, other = (salience_factors(x_max, module.weight, by_rank) for by_rank in (ssc, not ssc))
+    soft = PTQ.start(layer, data, t, cfg)
+    torch.testing.assert_close(soft.smooth, s)
+    assert not torch.allclose(s, other)
+    span = ((x / s).max() - (x / s).min()).item()
+    assert soft.act.scale.item() * 255 == pytest.approx(span, rel=0.1)

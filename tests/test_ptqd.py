@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import LIVELY, refused, run_in_process, same_leaves
+from conftest import LIVELY, load_script, refused, run_in_process, same_leaves
 from tqdm import tqdm
 
 from common.artifacts import Parts, load_artifact
@@ -268,6 +268,20 @@ def test_noise_of_another_shape_is_refused(ptqd_run, tmp_path):
     torch.save(file, tmp_path / "quant_w4a5_ptqd.pt")
     flags = f"--run {tmp_path} --wbits 4 --abits 5 --num-images 2 --tag ptqd"
     refused(run_in_process("04_sample", *flags.split()), "noise.std")
+
+
+def test_noise_is_measured_on_every_trajectory_of_the_seed(run, monkeypatch):
+    """40 trajectories in lots of 32, from --seed; none twice."""
+    ptqd, seen = load_script("methods/ptqd"), []
+
+    def watched(model, other, diffusion, indices, settings, bar):
+        seen.append((indices, settings["seed"]))
+        return measure(model, other, diffusion, indices, settings, bar)
+
+    monkeypatch.setattr(ptqd, "measure", watched)
+    log = run_in_process("methods/ptqd", *f"--run {run} {FLAGS} --seed 3".split())
+    assert log.returncode == 0, log.stderr
+    assert seen == [([*range(32)], 3), ([*range(32, 40)], 3)]
 
 
 @pytest.mark.parametrize(

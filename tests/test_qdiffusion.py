@@ -5,8 +5,10 @@ import torch
 from conftest import load_script, quant_file_of, refused, run_in_process, snapshot
 
 from common.artifacts import load_artifact
+from common.phase3 import Phase3
 from common.quant_file import load_quant, unpack_weight
 from methods.ranges import weight_by_shrinking
+from methods.reconstruction import Recipe, weights_only
 
 SCRIPT = "methods/qdiffusion"
 QD = load_script(SCRIPT)
@@ -60,6 +62,27 @@ def test_rounding_learns_with_the_units_before_quantized(run):
     for i in (0, 1):
         codes = [f["layers"][f"blocks.{i}.mlp.fc1"]["weight"]["codes"] for f in (plain, learned)]
         assert not torch.equal(*codes)
+
+
+def test_phases_w_and_a_have_the_inputs_and_recipes_of_the_paper(run, monkeypatch):
+    """W: from quantized weights alone (BRECQ, Eq. 7 and 8); A: in full precision, |error|^2.4."""
+    seen, made, inputs_of = [], [], Phase3.quantized_inputs
+
+    def watched(self, *make):
+        made.append(make)
+        return inputs_of(self, *make)
+
+    monkeypatch.setattr(QD, "reconstruct", lambda *args: seen.append(args))
+    monkeypatch.setattr(Phase3, "quantized_inputs", watched)
+    flags = "--wbits 4 --abits 5 --weight-batch 4 --scale-batch 3 --weight-lr 0.1 --scale-lr 0.2"
+    quant_file_of(SCRIPT, run, *flags.split())
+    assert made == 4 * [(weights_only,)]
+    for w, a in zip(seen[::2], seen[1::2], strict=True):
+        assert w[3] == Recipe(20000, 4, weight_lr=0.1)
+        assert a[3] == Recipe(5000, 3, scale_lr=0.2, power=2.4)
+    full = seen[-1][0].unit.inputs
+    assert all(torch.equal(x, y) for x, y in zip(seen[-1][2], full, strict=True))
+    assert not torch.equal(seen[-2][2][0], full[0])
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -3,11 +3,13 @@
 The numbers of the authors' code are from Juanerx/Q-DiT at commit 519d24a."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
     layer_of,
+    linear_data,
     load_script,
     quant_file_of,
     refused,
@@ -15,8 +17,10 @@ from conftest import (
     snapshot,
 )
 
-from common.quant_file import load_quant
+from common.checkpoints import load_calib
+from common.quant_file import load_quant, make_layer
 from common.quantizers import DynamicQuantizer
+from methods import group_search
 from methods.dynamic import OnRows, operands
 from methods.group_search import Evolution, Fitness
 from methods.rounding import gptq_groups
@@ -252,3 +256,31 @@ def test_bad_flags_are_refused(run, flags, words):
     before = snapshot(run)
     refused(run_in_process(SCRIPT, "--run", run, *FLAGS, *flags.split()), words)
     assert snapshot(run) == before
+
+
+def test_fitness_is_measured_on_as_many_calibration_rows_as_asked(run, monkeypatch):
+    """--search-rows, spread over the groups; never the report's validation rows."""
+    seen, real = [], group_search.signal_to_noise
+    monkeypatch.setattr(group_search, "signal_to_noise", lambda *a: seen.append(a[2]) or real(*a))
+    flags = "--wbits 4 --abits 5 --rows 6 --group-size 64 --group-search --generations 1"
+    quant_file_of(SCRIPT, run, *flags.split(), "--population", 2, "--search-rows", 3)
+    rows, known = seen[0]["validation"], load_calib(run)["calibration"]["x"]
+    assert rows["group"].tolist() == [0, 1, 2]
+    assert all((x == known).flatten(1).all(1).any() for x in rows["x"])
+
+
+@pytest.mark.parametrize("act_range", ["token", "sample"])
+def test_cost_is_the_error_of_the_layer_in_the_file(act_range):
+    """Ranges of a sample are those of all its tokens, in the report as in the network."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 6).requires_grad_(False)
+    x = torch.randn(12, 5, 16) * torch.logspace(-1, 1, 5)[:, None]
+    rows = x.flatten(0, 1)
+    data = linear_data(torch.ones(60, 6), rows @ layer.weight.T, rows, rows=20)
+    unit = SimpleNamespace(groups=torch.zeros(12))
+    phase3 = SimpleNamespace(data=lambda layer: data, unit=unit)
+    cfg = QDIT.Settings(4, 5, 8, False, 1, 1, 1, act_range, "own", None, "")
+    Q_X = DynamicQuantizer(5, act_range, 8)
+    found = QDIT.quantize_linear(phase3, layer_of(layer), Q_X, 8, data, cfg)
+    error = make_layer(found["state"])(x) - layer(x)
+    assert error.square().sum().item() == pytest.approx(found["cost"], rel=1e-4)

@@ -96,3 +96,24 @@ def test_dynamic_quantizer_state_round_trips():
     assert state == dict(type="dynamic", bits=5, per="sample", group_size=3)
     again, x = f.make_quantizer(state), torch.randn(2, 4, 6)
     assert torch.equal(again(x), z.DynamicQuantizer(5, "sample", 3)(x))
+
+
+# ------------------------------------------------------------------------------------------------
+# Those of quant_ops.py, where test_quant_ops.py has no room
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_quantized_in_float32(dtype):
+    """Eq. (5) of the value itself: codes up to 255 are beyond bfloat16's digits."""
+    x = torch.linspace(-1.7, 2.2, 500).to(dtype)
+    Q = q.uniform_candidates(torch.tensor(-1.7), torch.tensor(2.2), 8)[0]
+    assert Q(x).dtype == torch.float32 and torch.equal(Q(x), Q(x.float()))
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 2.0), (-0.1, 0.0), (0.0, 0.0)])
+def test_gelu_quantizer_of_one_sign_makes_no_nan(low, high):
+    """D9: a time group without values below zero, or above, or none at all."""
+    Q, (first, second) = q.gelu_candidates(torch.tensor(low), torch.tensor(high), 4)
+    x = torch.tensor([low, 0.0, high])
+    for tried in (Q, first(Q)[0], second(Q)[99]):
+        assert tried(x).isfinite().all() and tried(x)[1] == 0

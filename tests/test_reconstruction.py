@@ -250,3 +250,29 @@ def test_layers_of_the_quantized_prefix_keep_activations_in_full_precision():
     torch.testing.assert_close(r.weights_only(state)(x), x @ grid(weight)(weight).T)
     product = r.weights_only(r.SoftMatMul(coarse, coarse).state())
     assert torch.equal(product(x, x.mT), x @ x.mT)
+
+
+def test_targets_follow_from_full_precision_inputs():
+    """Inputs that the units before have spoilt: the layer learns to make up for it."""
+    layer, x, weight = correlated()
+    found = []
+    for targets in (None, [layer(x)]):
+        soft = {"blocks.0.fc": r.SoftLinear(layer, weight, grid(weight), q.FullPrecision())}
+        recipe = r.Recipe(20, 8, weight_lr=0.1)
+        r.reconstruct(phase3_of(layer, x), soft, [1.5 * x], recipe, targets)
+        found.append(soft["blocks.0.fc"].rounding.alpha.detach())
+    assert torch.equal(*found)
+
+
+def test_every_unit_draws_batches_of_its_own():
+    """By its place in the network and the recipe's seed."""
+    layer, x, weight = correlated()
+    draws = []
+    for name, seed in (("block_00", 1), ("final", 1), ("block_00", 2)):
+        phase3, seen = phase3_of(layer, x), []
+        phase3.unit, function = phase3.unit._replace(name=name), phase3.function
+        phase3.function = lambda x, g, f=function, seen=seen: seen.append(x) or f(x, g)
+        soft = {"blocks.0.fc": r.SoftLinear(layer, weight, grid(weight), q.FullPrecision())}
+        r.reconstruct(phase3, soft, [x], r.Recipe(1, 8, weight_lr=0.1, seed=seed), [layer(x)])
+        draws.append(seen[0])
+    assert not any(torch.equal(draws[0], other) for other in draws[1:])

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -221,3 +223,66 @@ def test_recorded_command_tells_no_folder_of_the_writer(monkeypatch):
     flags = ["tables.py", "--name", "x", "--out", "/some/where", "--rows", "80", "--runs", "here"]
     monkeypatch.setattr(sys, "argv", flags)
     assert page.command_line() == "python benchmarks/tables.py --name x --rows 80"
+
+
+def test_comparison_is_of_the_first_model_over_the_second(monkeypatch):
+    """Gains are the first's, the error is the first's over the second's."""
+    costs = dict(w6a6_plus={"fc": 1.0}, w6a6={"fc": 4.0})
+    monkeypatch.setattr(measurements, "cost_by_kind", lambda sweep, row: costs[row.name])
+    where = dict(run_of=lambda row: Path("run"), run=lambda T: Path("run"))
+    plan = SimpleNamespace(**where, args=SimpleNamespace(num_images=3))
+
+    def gain(first, second, *twin):
+        assert "plus" in first.name and "plus" not in second.name
+        return 2.0, [1.0, 3.0]
+
+    made = SimpleNamespace(psnr_gain=gain, snr_change=gain)
+    rows = [SimpleNamespace(name=name, steps=100) for name in costs]
+    found = measurements.compare(plan, made, *rows)
+    assert found["weighted_error"] == 0.25 and found["psnr_gain"] == found["snr_gain"] == 2
+
+
+def test_softmax_scales_are_exponents_below_the_largest(monkeypatch):
+    """s_1 = 2^-i / 2^(k-1) of every block's product after softmax, group by group."""
+    state = dict(a=dict(scale1=2.0 ** -torch.tensor([0.0, 5.0, 2.0]) / 2**5))
+    layers = {"blocks.3.attn.av": state, "blocks.3.attn.qk": {}}
+    monkeypatch.setattr(measurements, "load_quant", lambda path: dict(layers=layers))
+    plan = SimpleNamespace(run_of=lambda row: Path())
+    assert measurements.softmax_scales(plan, Row(100, (6, 6), "full")) == {"3": [0, 5, 2]}
+
+
+def test_phases_take_the_median_of_each_sort_of_job(tmp_path):
+    """03 of the whole method and of plus, 04 in full precision; rungs are left out."""
+    found = {"T100_seed0": {"01": 3, "03 w6a6": 5, "03 w6a6_plus": 7, "04 fp": 9}}
+    found["T100_seed0"]["03 w6a6_mse"] = 99
+    found |= {"T100_seed1": {"03 w6a6": 6, "03 w8a8": 10}, "T250_seed0": {"01": 30}}
+    for folder, times in found.items():
+        (tmp_path / folder / "jobs").mkdir(parents=True)
+        for name, seconds in times.items():
+            text = json.dumps(dict(seconds=seconds, peak_mib=2 * seconds))
+            (tmp_path / folder / "jobs" / f"{name}.json").write_text(text)
+    plus = f"03 {measurements.PLUS}"
+    wanted = {(100, "01"): 3, (100, "03"): 6, (100, plus): 7, (100, "04 FP"): 9, (250, "01"): 30}
+    expected = {key: dict(seconds=x, peak_mib=2 * x) for key, x in wanted.items()}
+    assert measurements.phases(SimpleNamespace(folder=tmp_path)) == expected
+
+
+def test_sensitivity_is_shared_out_by_group(tiny_run):
+    """The sampler's own row of the table of gradients."""
+    s = Diffusion(6).sensitivity().double()
+    found = measurements.gradient_shares(tiny_run)["sampler's sensitivity"]
+    assert found == pytest.approx((s.view(3, 2).sum(1) / s.sum()).tolist())
+
+
+@torch.no_grad()
+def test_features_are_of_images_from_minus_one_to_one(tmp_path, monkeypatch):
+    """As 05 feeds the demo's network; precision is of the samples, recall of the reference."""
+    images = np.random.default_rng(0).integers(0, 255, (30, 28, 28, 1), dtype=np.uint8)
+    np.savez(tmp_path / "a", arr_0=images)
+    monkeypatch.setattr(scores, "coverage", lambda points, centres: len(points) / len(centres))
+    made = scores.Scores(30)
+    found, x = made.of(tmp_path / "a.npz"), torch.from_numpy(images).permute(0, 3, 1, 2)
+    wanted = made.network((x / 127.5 - 1).to(made.device))[0]
+    torch.testing.assert_close(found["features"], wanted)
+    share = 30 / len(made.reference["features"])
+    assert (found["precision"], found["recall"]) == (share, 1 / share)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from common.distributed import ProcessGroup
 from common.layer_data import LayerData, MatMulChunk
 from common.quantizers import AdaptiveQuantizer
 from methods.power_law import exponent, lower_cutoff, power_law_ratio
+from methods.ranges import values_by_shrinking
 
 TCAQ = load_script("methods/tcaqdm")
 CPU, ALONE = torch.device("cpu"), ProcessGroup(0, 1)
@@ -107,6 +109,20 @@ def attention(heavy):
     group, b = torch.tensor([0, 0, 1, 1]), torch.randn(4, 2, 25, 3)
     chunks = [MatMulChunk(a @ b, a @ b, a, b, group)]
     return LayerData(chunks, CPU, num_groups=2)
+
+
+def test_ranges_are_those_of_inputs_over_r():
+    """Phase A begins with scales for what the layer will see."""
+    torch.manual_seed(0)
+    layer, r = torch.nn.Linear(4, 6).requires_grad_(False), torch.tensor([1.0, 2.0, 5.0, 10.0])
+    x, weight = torch.randn(40, 4) * r, layer.weight * r
+    data = linear_data(torch.ones(40, 6), x @ layer.weight.T, x)
+    Q_W = q.uniform_candidates(*weight.aminmax(dim=1, keepdim=True), 4)[0]
+    soft = TCAQ.SoftLinear(layer, weight, Q_W, q.FullPrecision(), r)
+    cfg = SimpleNamespace(daq=False, abits=8, layers="own")
+    TCAQ.set_ranges(soft, layer_of(layer), data, cfg)
+    expected = values_by_shrinking(data.smoothed(r), "x", 8)
+    assert soft.act.scale.item() == expected.scale.item()
 
 
 def test_adaptive_quantizer_tests_the_values_of_every_key(monkeypatch):
