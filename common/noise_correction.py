@@ -14,7 +14,7 @@ import torch
 
 from models_dit import Diffusion, image_generators, respaced_timesteps, trajectory
 
-STREAM = 2  # of random numbers; 04_sample.py's images come from stream 0, calibration rows from 1
+STREAM = 2  # of random numbers; 0: 04, 1: 01; 02 --eps renoise has 2 too, and is not used here
 TINY = 1e-20  # the least variance, whose logarithm is finite
 
 
