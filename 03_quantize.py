@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from common import quant_file
 from common.cli import (
-    Parser, at_least, check_bits, check_tag, check_unit_flags, model_name, run_script,
+    Parser, at_least, check_bits, check_tag, check_unit_flags, model_name, run_script, settings_of,
     whole_number,
 )  # fmt: skip
 from common.fast_search import make_search
@@ -151,8 +151,7 @@ def quantize_layer(layer, data, cfg, search):
 
 def main(args):  # Alg. 1 line 13
     check(args)
-    cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
-    machine = Machine(args.device, args.batch_size, args.memory_limit, args.force)
+    cfg, machine = settings_of(Settings, args), Machine.of(args)
     phase3 = Phase3(args.run, model_name(args), "tqdit", cfg._asdict(), machine)
     if phase3.is_done():
         return

@@ -132,6 +132,11 @@ def pick_device(name):
     return device
 
 
+def settings_of(Settings, args):
+    """This NamedTuple of what decides a result, as the flags have it."""
+    return Settings(**{key: getattr(args, key) for key in Settings._fields})
+
+
 def at_least(least, args, *flags):
     """InputError unless each of these flags, if given, is that or more."""
     for flag in flags:

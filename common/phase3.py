@@ -40,6 +40,11 @@ class Machine(NamedTuple):
     memory_limit: float | None  # MiB
     force: bool
 
+    @classmethod
+    def of(cls, args):
+        """As the flags have it."""
+        return cls(args.device, args.batch_size, args.memory_limit, args.force)
+
 
 class Phase3:
     """One run of a method: reads RUN/calib.pt and grads/, writes RUN/quant_MODEL.pt.
@@ -96,6 +101,10 @@ class Phase3:
             if spec.unit == kind and (conditioning or not spec.conditioning):
                 name = prefix + spec.name
                 yield Layer(name, self.model.get_submodule(name), spec)
+
+    def timesteps(self):
+        """Sampling indices t in 0..T-1 of the calibration rows it searches on, (N,)."""
+        return self.calib["calibration"]["t"][rows_to_search(self.calib, self.rows)]
 
     def quantized_inputs(self, make=make_layer):
         """The present unit's inputs as the units before it, all quantized by now, make them; a list

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    Parser, at_least, check_method_flags, model_name, run_script, whole_number,
+    Parser, at_least, check_method_flags, model_name, run_script, settings_of, whole_number,
 )  # fmt: skip
 from common.phase3 import Machine, Phase3  # noqa: E402
 from common.quantizers import DynamicQuantizer  # noqa: E402
@@ -213,8 +213,7 @@ def quantize_layer(layer, data, rows, cfg):
 
 def main(args):
     check(args)
-    cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
-    machine = Machine(args.device, args.batch_size, args.memory_limit, args.force)
+    cfg, machine = settings_of(Settings, args), Machine.of(args)
     settings = cfg._asdict()
     phase3 = Phase3(args.run, model_name(args), "ditas", settings, machine, gradients=False)
     if phase3.is_done():

@@ -35,13 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    Parser, at_least, check_method_flags, model_name, run_script, whole_number,
+    Parser, at_least, check_method_flags, model_name, run_script, settings_of, whole_number,
 )  # fmt: skip
 from common.errors import InputError  # noqa: E402
 from common.phase3 import Machine, Phase3  # noqa: E402
 from common.quantizers import ScaledInput  # noqa: E402
 from common.report import linear_cost, matmul_cost  # noqa: E402
-from common.unit_data import rows_to_search  # noqa: E402
 from methods.balancing import by_timestep, channel_ends, fold_into_adaln, tokens_of  # noqa: E402
 from methods.rounding import gram, rounded_to  # noqa: E402
 from models_dit import Diffusion, MatMul  # noqa: E402
@@ -219,13 +218,12 @@ def edit(file, steps):
 
 def main(args):
     check(args)
-    cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
-    machine = Machine(args.device, args.batch_size, args.memory_limit, args.force)
+    cfg, machine = settings_of(Settings, args), Machine.of(args)
     phase3 = Phase3(args.run, model_name(args), "htg", cfg._asdict(), machine, gradients=False)
     if phase3.is_done():
         return
     steps = phase3.calib["settings"]["steps"]
-    t = phase3.calib["calibration"]["t"][rows_to_search(phase3.calib, cfg.rows)]
+    t = phase3.timesteps()
     for unit in phase3.units():
         done = {}
         for layer in phase3.layers(unit, conditioning=cfg.layers == "own"):

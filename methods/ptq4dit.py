@@ -28,10 +28,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import (  # noqa: E402
-    Parser, at_least, check_bits, check_method_flags, model_name, run_script, whole_number,
+    Parser, at_least, check_bits, check_method_flags, model_name, run_script, settings_of,
+    whole_number,
 )  # fmt: skip
 from common.phase3 import Machine, Phase3  # noqa: E402
-from common.unit_data import rows_to_search  # noqa: E402
 from methods.balancing import (  # noqa: E402
     by_timestep, channel_ends, fold_into_adaln, salience_factors,
 )  # fmt: skip
@@ -120,13 +120,12 @@ def quantize_unit(phase3, unit, t, cfg):
 
 def main(args):
     check(args)
-    cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
-    machine = Machine(args.device, args.batch_size, args.memory_limit, args.force)
+    cfg, machine = settings_of(Settings, args), Machine.of(args)
     how = dict(gradients=False, in_order=True)
     phase3 = Phase3(args.run, model_name(args), "ptq4dit", cfg._asdict(), machine, **how)
     if phase3.is_done():
         return
-    t = phase3.calib["calibration"]["t"][rows_to_search(phase3.calib, cfg.rows)]
+    t = phase3.timesteps()
     for unit in phase3.units():
         phase3.save(unit, quantize_unit(phase3, unit, t, cfg))
     phase3.finish(fold_into_adaln)

@@ -36,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import (  # noqa: E402
-    Parser, at_least, check_bits, model_name, number_or_none, run_script, whole_number,
+    Parser, at_least, check_bits, model_name, number_or_none, run_script, settings_of, whole_number,
 )  # fmt: skip
 from common.errors import InputError  # noqa: E402
 from common.noise_correction import error_energy, measure, noise_of  # noqa: E402
@@ -114,8 +114,7 @@ def add_noise(file, phase3, cfg):
 
 def main(args):
     check(args)
-    cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
-    machine = Machine(args.device, args.batch_size, args.memory_limit, args.force)
+    cfg, machine = settings_of(Settings, args), Machine.of(args)
     how = dict(gradients=False, in_order=True)
     phase3 = Phase3(args.run, model_name(args), "ptqd", cfg._asdict(), machine, **how)
     if phase3.is_done():

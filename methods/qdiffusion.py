@@ -26,7 +26,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import (  # noqa: E402
-    Parser, at_least, check_bits, check_method_flags, model_name, run_script, whole_number,
+    Parser, at_least, check_bits, check_method_flags, model_name, run_script, settings_of,
+    whole_number,
 )  # fmt: skip
 from common.phase3 import Machine, Phase3  # noqa: E402
 from methods.learning_rates import add_rate_flags, check_rates  # noqa: E402
@@ -125,8 +126,7 @@ def quantize_unit(phase3, unit, cfg, edge_bits=None):
 
 def main(args):
     check(args)
-    cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
-    machine = Machine(args.device, args.batch_size, args.memory_limit, args.force)
+    cfg, machine = settings_of(Settings, args), Machine.of(args)
     how = dict(gradients=False, in_order=True)
     phase3 = Phase3(args.run, model_name(args), "qdiffusion", cfg._asdict(), machine, **how)
     if phase3.is_done():

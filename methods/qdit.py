@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
-    Parser, at_least, check_method_flags, model_name, run_script, whole_number,
+    Parser, at_least, check_method_flags, model_name, run_script, settings_of, whole_number,
 )  # fmt: skip
 from common.layer_data import layer_data  # noqa: E402
 from common.offload import units  # noqa: E402
@@ -197,8 +197,7 @@ def group_sizes(phase3, cfg):
 
 def main(args):
     check(args)
-    cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
-    machine = Machine(args.device, args.batch_size, args.memory_limit, args.force)
+    cfg, machine = settings_of(Settings, args), Machine.of(args)
     how = dict(gradients=False, in_order=True)
     phase3 = Phase3(args.run, model_name(args), "qdit", cfg._asdict(), machine, **how)
     if phase3.is_done():

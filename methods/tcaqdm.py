@@ -35,7 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import Parser, at_least, model_name  # noqa: E402
-from common.cli import run_script, whole_number  # noqa: E402
+from common.cli import run_script, settings_of, whole_number  # noqa: E402
 from common.errors import InputError  # noqa: E402
 from common.offload import offloaded, units  # noqa: E402
 from common.phase3 import Machine, Phase3  # noqa: E402
@@ -202,8 +202,7 @@ def aligned(phase3, states):
 
 def main(args):
     check(args)
-    cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
-    machine = Machine(args.device, args.batch_size, args.memory_limit, args.force)
+    cfg, machine = settings_of(Settings, args), Machine.of(args)
     how = dict(gradients=False, in_order=True)
     phase3 = Phase3(args.run, model_name(args), "tcaqdm", cfg._asdict(), machine, **how)
     if phase3.is_done():

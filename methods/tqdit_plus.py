@@ -36,14 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import quant_file  # noqa: E402
 from common.cli import (  # noqa: E402
     Parser, at_least, check_bits, check_tag, check_unit_flags, model_name, number_or_none,
-    run_script, whole_number,
+    run_script, settings_of, whole_number,
 )  # fmt: skip
 from common.fast_search import make_search  # noqa: E402
 from common.offload import units  # noqa: E402
 from common.phase3 import Machine, Phase3  # noqa: E402
 from common.quantizers import DynamicQuantizer  # noqa: E402
 from common.report import linear_cost, matmul_cost  # noqa: E402
-from common.unit_data import rows_to_search  # noqa: E402
 from methods.balancing import Way, transformed  # noqa: E402
 from methods.dynamic import channels_or_token, group_size  # noqa: E402
 from methods.last_layer import fitted  # noqa: E402
@@ -223,7 +222,7 @@ def quantize_unit(phase3, unit, cfg, search):
 
 def fit_last(phase3, layer, data):
     """The last layer, fitted, and its data on quantized inputs."""
-    t = phase3.calib["calibration"]["t"][rows_to_search(phase3.calib, phase3.rows)]
+    t = phase3.timesteps()
     sensitivity = Diffusion(phase3.calib["settings"]["steps"]).sensitivity()
     given = phase3.data(layer, phase3.quantized_inputs())
     module, data = fitted(layer.module, data, given, sensitivity[t])
@@ -232,9 +231,9 @@ def fit_last(phase3, layer, data):
 
 def main(args):
     check(args)
-    cfg = Settings(**{key: getattr(args, key) for key in Settings._fields})
+    cfg = settings_of(Settings, args)
     search_of_a_layer = partial(make_search, args.search, args.compile)
-    machine = Machine(args.device, args.batch_size, args.memory_limit, args.force)
+    machine = Machine.of(args)
     phase3 = Phase3(args.run, model_name(args), "tqdit_plus", cfg._asdict(), machine)
     if phase3.is_done():
         return
