@@ -14,7 +14,6 @@ Every process reads a file whole: 50,000 images of 256 px take 9.8 GB, with PSNR
 """
 
 import json
-import math
 import re
 from hashlib import sha256
 from itertools import groupby
@@ -22,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from common.artifacts import FORMAT, Parts, atomic_write, sha256_of
 from common.cli import Parser, at_least, run_script, whole_number
 from common.distributed import join_process_group
 from common.errors import InputError
 from common.feature_networks import check_fit, load_network, run_network
+from common.images import save_rows
 from common.inception import INCEPTION, INCEPTION_SHA
 from common.metrics import coverage, frechet_distance, inception_score, moments, psnr
 from common.score_files import (
@@ -180,18 +179,7 @@ def save_comparison(path, rows, digests, columns=10):
     paired = [row for row in there if row["name"] == "fp" or row["psnr"] is not None] or there
     files = {row["name"]: path.with_name(row["file"]) for row in paired}
     images = {name: read_samples(f)["arr_0"][:columns].copy() for name, f in files.items()}
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    ends = [ruler.multiline_textbbox((4, 0), label_of(name))[2] for name in images]
-    left = max(64, *(math.ceil(end) + 4 for end in ends))  # the labels' cell
-    sheet = Image.new("RGB", (left + 64 * columns, 64 * len(images)), "white")
-    for i, (name, line) in enumerate(images.items()):
-        ImageDraw.Draw(sheet).multiline_text((4, 64 * i + 18), label_of(name), fill="black")
-        for j, image in enumerate(line):
-            pixels = image[:, :, 0] if image.shape[2] == 1 else image
-            cell = Image.fromarray(pixels).convert("RGB").resize((62, 62))
-            sheet.paste(cell, (left + 64 * j, 64 * i))
-    with atomic_write(path) as file:
-        sheet.save(file, "png")
+    save_rows(path, [(label_of(name), line) for name, line in images.items()], columns)
 
 
 def check_all(network, reference, made_here, todo, folder):
@@ -204,14 +192,10 @@ def check_all(network, reference, made_here, todo, folder):
         check_fit(network, samples["arr_0"], head["file"], wanted)
 
 
-def main(args):
-    at_least(1, args, "batch_size")
-    if args.inception and args.features != "inception":
-        raise InputError("--inception and --features: give one network")
-    group, path = join_process_group(), args.run / "metrics.json"
-    rows, files = sorted(read_rows(path), key=by_bits), sorted(args.run.glob("samples_*.npz"))
-    if not files:
-        raise InputError(f"no samples_*.npz in {args.run}: run 04_sample.py first")
+def score_run(args, files, group):
+    """Score what is new of these files of samples, and write metrics.json and comparison.png."""
+    path = args.run / "metrics.json"
+    rows = sorted(read_rows(path), key=by_bits)
     reference = read_reference(args.reference)
     network = load_network(args.features, args.inception, args.device)
     common = describe(args.reference, reference, network, args.features == "inception")
@@ -244,6 +228,17 @@ def main(args):
         print_table(rows)
         save_comparison(args.run / "comparison.png", rows, digests)
         print(f"wrote {path} ({len(rows)} rows) and comparison.png.  Next: other bits, from 03 on")
+
+
+def main(args):
+    at_least(1, args, "batch_size")
+    if args.inception and args.features != "inception":
+        raise InputError("--inception and --features: give one network")
+    files, group = sorted(args.run.glob("samples_*.npz")), join_process_group()
+    if not files:
+        raise InputError(f"no samples_*.npz in {args.run}: run 04_sample.py first")
+    with group.alone_in(args.run):  # two runs would write one metrics.json
+        score_run(args, files, group)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """One script in many processes: what torchrun starts, and how they share the work."""
 
 import atexit
+import fcntl
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -40,6 +42,19 @@ class ProcessGroup:
         self._meet(dist.broadcast_object_list, box)
         return box[0]
 
+    @contextmanager
+    def alone_in(self, folder):
+        """Meanwhile no other run is at work in this folder; where one is, waits and says so."""
+        handle = os.open(folder, os.O_RDONLY) if self.rank == 0 else None
+        try:
+            if handle is not None:
+                _lock(handle, folder)
+            self.wait()
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
+
     def share(self, parts, names):
         """This process's share of those `names` whose part is missing, even when a run resumes."""
         return self.agree([x for x in names if not parts.has(x)])[self.rank :: self.size]
@@ -48,6 +63,15 @@ class ProcessGroup:
         """A progress bar that counts for all processes as rank 0 goes; their shares are equal."""
         scale = self.size > 1 and self.size
         return tqdm(items, disable=self.rank > 0, unit_scale=scale, **kwargs)
+
+
+def _lock(handle, folder):
+    """Until it is closed, nobody else can lock it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another run is at work in {folder}: waiting for it", flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def join_process_group():

@@ -1,10 +1,11 @@
-"""Files of samples: uint8 images as .npz with labels and provenance, and a grid to look at."""
+"""Files of samples: uint8 images as .npz with labels and provenance, and pictures of them."""
 
 import json
+import math
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from common.artifacts import atomic_write, check_place, is_same_result
 from common.errors import InputError
@@ -54,3 +55,19 @@ def save_grid(path, images, columns=8):
     sheet = sheet.reshape(rows * height, columns * width, channels).squeeze()
     with atomic_write(path) as file:
         Image.fromarray(sheet).save(file, "png")
+
+
+def save_rows(path, rows, columns):
+    """A .png with a row for each (label, images (N, H, W, C)): the label, and its first images."""
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    ends = [ruler.multiline_textbbox((4, 0), label)[2] for label, _ in rows]
+    left = max(64, *(math.ceil(end) + 4 for end in ends))  # the labels' cell
+    sheet = Image.new("RGB", (left + 64 * columns, 64 * len(rows)), "white")
+    for i, (label, images) in enumerate(rows):
+        ImageDraw.Draw(sheet).multiline_text((4, 64 * i + 18), label, fill="black")
+        for j, image in enumerate(images[:columns]):
+            pixels = image[:, :, 0] if image.shape[2] == 1 else image
+            cell = Image.fromarray(pixels).convert("RGB").resize((62, 62))
+            sheet.paste(cell, (left + 64 * j, 64 * i))
+    with atomic_write(path) as file:
+        sheet.save(file, "png")

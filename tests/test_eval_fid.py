@@ -1,10 +1,13 @@
 """Tests of 05_eval_fid.py: closed forms, naive twins, and the script end to end on tiny inputs."""
 
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 from hashlib import sha256
 
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import leftovers, load_script
+from conftest import ROOT, leftovers, load_script
 from PIL import Image
 
 from common import feature_networks, inception
@@ -417,6 +420,25 @@ def test_images_of_other_labels_do_not_pair_up(run, evaluate):
     assert evaluate(run).returncode == 0
     row = rows_of(run)["w8a8"]
     assert row["psnr"] is None and "labels" in row["note"]
+
+
+def test_a_second_run_waits_for_the_first(run):
+    """Two at a time, each with a reference of its own: nobody's rows are lost."""
+    np.savez(run / "other.npz", arr_0=np.load(run / "reference.npz")["arr_0"] ^ 3)
+    flags = "--run", run, "--features", run / "features.pt", "--reference"
+    handle = os.open(run, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    command = [sys.executable, ROOT / "05_eval_fid.py", *flags]
+    both = [
+        subprocess.Popen([*command, run / name], stdout=subprocess.PIPE, text=True)
+        for name in ("reference.npz", "other.npz")
+    ]
+    for process in both:
+        assert "another run is at work" in process.stdout.readline()
+    os.close(handle)
+    assert [process.communicate() and process.returncode for process in both] == [0, 0]
+    rows = json.loads((run / "metrics.json").read_text())["rows"]
+    assert len(rows) == 6 and not leftovers(run)
 
 
 def test_nothing_temporary_is_left(run, evaluate):
