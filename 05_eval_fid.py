@@ -89,7 +89,8 @@ def compare(samples, file, twin):
     a, b = samples["settings"], other["settings"]
     differ = [key for key in TWIN_SETTINGS if key not in a or a[key] != b.get(key)]
     a, b = samples["inputs"] or {}, other["inputs"] or {}
-    differ += [f"{key}'s file" for key in TWIN_INPUTS if a.get(key) != b.get(key)]
+    known = a.keys() & b.keys()  # a VAE without --vae-path is the downloaded one
+    differ += [f"{key}'s file" for key in TWIN_INPUTS if key in known and a[key] != b[key]]
     if samples["arr_0"].shape[1:] != other["arr_0"].shape[1:]:
         differ.append("size")
     if differ or not np.array_equal(samples["labels"], other["labels"]):

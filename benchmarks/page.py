@@ -96,37 +96,54 @@ def seeds_of(rows, bits, rung):
 
 def rung_lines(sweep, scores, rows, found, bits):
     """Table III: SNR, PSNR and FD over the calibration seeds, and the change from the row before,
-    image by image, averaged over the seeds."""
-    lines, before, twin = [], None, sweep.run(sweep.args.ablation_steps) / "samples_fp.npz"
+    image by image, averaged over the seeds; last that of the whole method from the first row."""
+    lines, made, twin = [], {}, sweep.run(sweep.args.ablation_steps) / "samples_fp.npz"
     for rung, flags in RUNGS.items():
         seeds = seeds_of(rows, bits, rung)
         files = [samples_path(sweep, row) for row in seeds]
         psnr = np.mean([scores.psnr(file, twin) for file in files], axis=0)
         drawn = np.mean([scores.drawn_fd(file) for file in files], axis=0)
-        fd = np.mean([found[row]["fd"] for row in seeds])
-        changes = ["", ""]
-        if before:
-            change = psnr - before[0]
-            changes[0] = ranged(change.mean(), scores.interval(change))
-            changes[1] = ranged(fd - before[2], centred(fd - before[2], drawn - before[1]), 3)
-        before = psnr, drawn, fd
+        fd, before = np.mean([found[row]["fd"] for row in seeds]), [*made.values()][-1:]
+        made[rung] = psnr, drawn, fd
+        changes = change(made[rung], *before, scores) if before else ["", ""]
         columns = [spread([found[row][key] for row in seeds]) for key in ("snr", "psnr", "fd")]
         numbers = ", ".join(str(row.seed) for row in seeds)
         from_ = origin(found[seeds[0]]).replace("seeds 0, 0", f"seeds ({numbers}), 0")
         lines.append([rung, f"`{' '.join(flags) or 'none'}`", *columns, *changes, from_])
-    return lines
+    first, whole = [*made][0], "full"
+    whole_change = change(made[whole], made[first], scores)
+    return [*lines, [f"{whole}, from {first}", "", "", "", "", *whole_change, from_]]
 
 
-def error_table(sweep, rows):
-    """Weighted error by kind of layer, over that of the first row."""
-    costs = {row: cost_by_kind(sweep, row) for row in rows}
-    base = costs[rows[0]]
-    shares = (f"{cost / sum(base.values()):.0%}" for cost in base.values())
-    lines = [[f"share in {rows[0].tag}", *shares, "100%"]]
-    for row, cost in costs.items():
-        all_kinds = number(sum(cost.values()) / sum(base.values()))
-        lines.append([row.tag, *(number(cost[kind] / base[kind]) for kind in base), all_kinds])
-    return table([f"weighted error / {rows[0].tag}", *base, "all"], lines)
+def change(now, before, scores):
+    """Of PSNR and of FD, with intervals, as the tables have them. Given of two rungs: PSNR of each
+    image, drawn FD, FD."""
+    gain, fd = now[0] - before[0], now[2] - before[2]
+    drawn = centred(fd, now[1] - before[1])
+    return [ranged(gain.mean(), scores.interval(gain)), ranged(fd, drawn, 3)]
+
+
+def error_table(sweep, models):
+    """Weighted error by kind of layer, over that of the first model on the same calibration set,
+    averaged over the sets; `models`: name -> its rows, one for each set."""
+    costs = {row: cost_by_kind(sweep, row) for rows in models.values() for row in rows}
+    first, *_ = models
+    base = {row.seed: costs[row] for row in models[first]}
+    kinds = [*base[0]]
+
+    def over_base(rows, kinds):
+        ratios = (
+            sum(map(costs[row].get, kinds)) / sum(map(base[row.seed].get, kinds)) for row in rows
+        )
+        return number(np.mean([*ratios]))
+
+    shares = (
+        np.mean([cost[kind] / sum(cost.values()) for cost in base.values()]) for kind in kinds
+    )
+    lines = [[f"share in {first}", *(f"{share:.0%}" for share in shares), "100%"]]
+    for name, rows in models.items():
+        lines.append([name, *(over_base(rows, [kind]) for kind in kinds), over_base(rows, kinds)])
+    return table([f"weighted error / {first}", *kinds, "all"], lines)
 
 
 def ablation_section(sweep, scores, tables, found):
@@ -137,11 +154,12 @@ def ablation_section(sweep, scores, tables, found):
     for bits in dict.fromkeys(row.bits for row in rows):
         yield f"{label(Row(at, bits, 'full'))}:\n"
         yield table(columns, rung_lines(sweep, scores, rows, found, bits))
-        shown = [Row(at, bits, rung) for rung in RUNGS]
-        shown += [row for row in tables.get("plus", ()) if row.bits == bits and row.tag in LADDER]
+        shown = {rung: seeds_of(rows, bits, rung) for rung in RUNGS}
+        shown |= {tag: [Row(at, bits, tag)] for tag in LADDER if "plus" in tables}
         yield error_table(sweep, shown)
         groups = softmax_scales(sweep, Row(at, bits, "full"))
-        yield "Scale of each time group after softmax, i of s_1 = 2^-i / 2^(k-1):\n"
+        yield "Scale of each time group after softmax, i of s_1 = 2^-i / 2^(k-1), of the first"
+        yield "calibration set:\n"
         yield table(
             ["block", *group_numbers(groups)], [[k, *map(str, v)] for k, v in groups.items()]
         )

@@ -155,8 +155,10 @@ def check_bits(args, *flags):
 
 
 def check_unit_flags(args):
-    """InputError unless the flags of `Parser.add_unit_flags` make sense."""
+    """InputError unless the flags of `Parser.add_unit_flags`, or `add_search_flags`, make sense."""
     at_least(1, args, "batch_size")
+    if getattr(args, "search", "fast") == "plain" and args.compile:
+        raise InputError("--compile is for --search fast")
     limit = args.memory_limit
     if limit is not None and not 0 < limit < 1e12:
         raise InputError(f"--memory-limit {limit}: not above 0, not finite or too large")

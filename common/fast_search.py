@@ -9,7 +9,6 @@ from functools import cache
 
 import torch
 
-from common.errors import InputError
 from common.int_losses import INT_MM, on_integers
 from quant_ops import WeightLoss, search
 
@@ -70,10 +69,7 @@ class FastSearch:
 
 
 def make_search(name, compile_losses):
-    """The search of one layer that --search names: `plain`, the definition, or `fast`. InputError
-    if it is to be compiled and cannot be."""
-    if name == "plain" and compile_losses:
-        raise InputError("--compile is for --search fast")
+    """The search of one layer that --search names: `plain`, the definition, or `fast`."""
     return search if name == "plain" else FastSearch(compile_losses)
 
 

@@ -42,7 +42,7 @@ def signal_to_noise(model, quantized, calib, batch_size, device):
     groups.index_add_(1, rows["group"], energy)
     weighted = (energy * diffusion.sensitivity()[rows["t"]]).sum(1)
     ratio = torch.cat([groups, weighted[:, None]], dim=1)
-    ratio = torch.where(ratio[1] > 0, ratio[0] / ratio[1], torch.inf)  # a new DiT's eps is all 0
+    ratio = torch.where(ratio[1] == 0, torch.inf, ratio[0] / ratio[1])  # a new DiT's eps is all 0
     *per_group, weighted = (10 * torch.log10(ratio)).tolist()
     return dict(snr_per_group=per_group, snr_weighted=weighted)
 

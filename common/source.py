@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = "", "common", "methods", "engine"
 
 
 def git_commit():
@@ -22,7 +23,8 @@ def git_commit():
 def source_digest():
     """A sha256 in hex of all sources that decide a result: the top level's and its folders'."""
     digest = hashlib.sha256()
-    for folder in ("", "common", "methods", "engine"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).glob("*.[pc]*")):
+            if path.suffix in (".py", ".c") and not path.name.startswith("test_"):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()

@@ -76,7 +76,12 @@ REFUSALS = {  # script, flags, what happens to the run before, words of the line
     "two models": ("04", f"--fp {W8}", None, "either --fp or both"),
     "fp with a tag": ("04", "--fp --tag x", None, "--tag x is for quantized models"),
     "size is another": ("01", f"{C} {NEW} --image-size 512", None, "images have 8 pixels"),
-    "plain, compiled": ("03", f"{W8} --search plain --compile", None, "--compile is for --search"),
+    "plain, compiled": (
+        "03",
+        f"{BITS} --search plain --compile",
+        None,
+        "--compile is for --search",
+    ),
     "quant of a phase": ("04", W8, copy("calib.pt", "quant_w8a8.pt"), "is calib, not quant"),
     "quant truncated": ("04", f"{BITS}", cut("quant_w6a6.pt"), "quant_w6a6.pt is damaged"),
     "quant missing": ("04", W8, None, "03_quantize.py"),

@@ -536,6 +536,13 @@ def test_signal_to_noise_equals_the_definition(tiny_run):
     assert report["snr_per_group"][-1] == pytest.approx(expected.item(), abs=0.01)
 
 
+def test_signal_to_noise_of_no_number_is_none(tiny_run):
+    """A network that breaks is not taken for one without error."""
+    calib, model = opened(tiny_run)
+    report = signal_to_noise(model, lambda *inputs: torch.nan * model(*inputs), calib, 4, CPU)
+    assert np.isnan(report["snr_weighted"]) and np.isnan(report["snr_per_group"]).all()
+
+
 # ------------------------------------------------------------------------------------------------
 # A method without gradients, and one that works in order
 

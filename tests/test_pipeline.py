@@ -27,7 +27,7 @@ from conftest import (
     tiny_flags,
 )  # fmt: skip
 
-from common import artifacts
+from common import artifacts, source
 from common.artifacts import Parts
 from common.mnist_classifier import FeatureNet
 from common.quant_file import load_quant
@@ -126,6 +126,19 @@ def test_pieces_made_before_an_edit_are_not_taken(tmp_path, monkeypatch):
     assert Parts(tmp_path / "a.pt", head).has("x")
     monkeypatch.setattr(artifacts, "source_digest", lambda: "after an edit")
     assert not Parts(tmp_path / "a.pt", head).has("x")
+
+
+def test_every_source_of_a_result_is_in_the_digest(monkeypatch, tmp_path):
+    """C as Python, of every folder; tests are none."""
+    monkeypatch.setattr(source, "ROOT", tmp_path)
+    seen = set()
+    for name in ("a.py", "engine/a.py", "engine/a.c", "common/a.py", "methods/a.py", "test_a.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+        source.source_digest.cache_clear()
+        seen.add(source.source_digest())
+    source.source_digest.cache_clear()
+    assert len(seen) == 5
 
 
 def test_a_network_whose_eps_is_zero_runs_to_the_end(tmp_path, run_here):

@@ -242,6 +242,23 @@ def test_comparison_is_of_the_first_model_over_the_second(monkeypatch):
     assert found["weighted_error"] == 0.25 and found["psnr_gain"] == found["snr_gain"] == 2
 
 
+def test_weighted_errors_are_averaged_over_the_calibration_sets(monkeypatch):
+    """Each over the baseline's on the same set."""
+    costs = {("base", 0): (1.0, 3.0), ("base", 1): (2.0, 2.0)}
+    costs |= {("ho", 0): (0.5, 3.0), ("ho", 1): (2.0, 1.0)}
+    monkeypatch.setattr(
+        page,
+        "cost_by_kind",
+        lambda sweep, row: dict(zip("ab", costs[row.tag, row.seed], strict=True)),
+    )
+    models = {tag: [Row(100, (6, 6), tag, seed) for seed in (0, 1)] for tag in ("base", "ho")}
+    *_, share, base, ho = page.error_table(None, models).strip().splitlines()
+    assert (
+        share == "| share in base | 38% | 62% | 100% |" and base == "| base | 1.00 | 1.00 | 1.00 |"
+    )
+    assert ho == "| ho | 0.75 | 0.75 | 0.81 |"
+
+
 def test_softmax_scales_are_exponents_below_the_largest(monkeypatch):
     """s_1 = 2^-i / 2^(k-1) of every block's product after softmax, group by group."""
     state = dict(a=dict(scale1=2.0 ** -torch.tensor([0.0, 5.0, 2.0]) / 2**5))
