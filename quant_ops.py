@@ -78,15 +78,15 @@ def mrq_softmax(x: Tensor, scale1: Tensor, bits: int) -> Tensor:
     return torch.where(upper, high.mul_(2.0 ** (1 - bits)), low.mul_(scale1))
 
 
-def gelu_regions(x: Tensor, scale1: Tensor, scale2: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Level in R1, -2^(k-1)..0, and in R2, 0..2^(k-1) - 1 (D8, D9); each is 0 in the other."""
-    half = 2 ** (bits - 1)
-    return (x / scale1).round_().clamp_(-half, 0), (x / scale2).round_().clamp_(0, half - 1)
+def gelu_region(x: Tensor, scale: Tensor, region: int, bits: int) -> Tensor:
+    """Level in R1, -2^(k-1)..0, or in R2, 0..2^(k-1) - 1 (D8, D9); 0 in the other."""
+    low, high = (-(2 ** (bits - 1)), 0) if region == 1 else (0, 2 ** (bits - 1) - 1)
+    return (x / scale).round_().clamp_(low, high)
 
 
 def mrq_gelu(x: Tensor, scale1: Tensor, scale2: Tensor, bits: int) -> Tensor:
     """x on the two-region grid of GELU outputs: s_1 below zero, s_2 above; 0 stays 0."""
-    low, high = gelu_regions(x, scale1, scale2, bits)
+    low, high = gelu_region(x, scale1, 1, bits), gelu_region(x, scale2, 2, bits)
     return low.mul_(scale1).add_(high.mul_(scale2))
 
 

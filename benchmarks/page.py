@@ -97,22 +97,22 @@ def seeds_of(rows, bits, rung):
 def rung_lines(sweep, scores, rows, found, bits):
     """Table III: SNR, PSNR and FD over the calibration seeds, and the change from the row before,
     image by image, averaged over the seeds; last that of the whole method from the first row."""
-    lines, made, twin = [], {}, sweep.run(sweep.args.ablation_steps) / "samples_fp.npz"
+    lines, made, before = [], {}, None
+    twin = sweep.run(sweep.args.ablation_steps) / "samples_fp.npz"
     for rung, flags in RUNGS.items():
         seeds = seeds_of(rows, bits, rung)
         files = [samples_path(sweep, row) for row in seeds]
         psnr = np.mean([scores.psnr(file, twin) for file in files], axis=0)
         drawn = np.mean([scores.drawn_fd(file) for file in files], axis=0)
-        fd, before = np.mean([found[row]["fd"] for row in seeds]), [*made.values()][-1:]
-        made[rung] = psnr, drawn, fd
-        changes = change(made[rung], *before, scores) if before else ["", ""]
+        made[rung] = psnr, drawn, np.mean([found[row]["fd"] for row in seeds])
+        changes = change(made[rung], before, scores) if before else ["", ""]
+        before = made[rung]
         columns = [spread([found[row][key] for row in seeds]) for key in ("snr", "psnr", "fd")]
         numbers = ", ".join(str(row.seed) for row in seeds)
         from_ = origin(found[seeds[0]]).replace("seeds 0, 0", f"seeds ({numbers}), 0")
         lines.append([rung, f"`{' '.join(flags) or 'none'}`", *columns, *changes, from_])
-    first, whole = [*made][0], "full"
-    whole_change = change(made[whole], made[first], scores)
-    return [*lines, [f"{whole}, from {first}", "", "", "", "", *whole_change, from_]]
+    whole = change(made["full"], made["base"], scores)
+    return [*lines, ["full, from base", "", "", "", "", *whole, from_]]
 
 
 def change(now, before, scores):
@@ -131,15 +131,13 @@ def error_table(sweep, models):
     base = {row.seed: costs[row] for row in models[first]}
     kinds = [*base[0]]
 
-    def over_base(rows, kinds):
-        ratios = (
-            sum(map(costs[row].get, kinds)) / sum(map(base[row.seed].get, kinds)) for row in rows
-        )
-        return number(np.mean([*ratios]))
+    def total(cost, some):
+        return sum(cost[kind] for kind in some)
 
-    shares = (
-        np.mean([cost[kind] / sum(cost.values()) for cost in base.values()]) for kind in kinds
-    )
+    def over_base(rows, some):
+        return number(np.mean([total(costs[x], some) / total(base[x.seed], some) for x in rows]))
+
+    shares = (np.mean([x[kind] / total(x, kinds) for x in base.values()]) for kind in kinds)
     lines = [[f"share in {first}", *(f"{share:.0%}" for share in shares), "100%"]]
     for name, rows in models.items():
         lines.append([name, *(over_base(rows, [kind]) for kind in kinds), over_base(rows, kinds)])

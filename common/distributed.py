@@ -72,6 +72,8 @@ def _lock(handle, folder):
     except BlockingIOError:
         print(f"another run is at work in {folder}: waiting for it", flush=True)
         fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+        pass
 
 
 def join_process_group():

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from engine import avx2
-from engine.int_products import region_levels
-from quant_ops import GeluQuantizer, UniformQuantizer, quantize
+from quant_ops import GeluQuantizer, UniformQuantizer, gelu_region, quantize
 
 EXACT = 2**31 - 1  # the sum of any two products of codes is held
 SATURATING = 2**15 - 1  # pairs of products are added in 16 bits
@@ -107,9 +106,9 @@ def input_codes(Q_X: UniformQuantizer, x: Tensor, group) -> Inputs:
 
 def region_codes(Q_X: GeluQuantizer, x: Tensor, group, region: int) -> Inputs:
     """One region, 1 or 2, of MRQ after GELU: codes of 0..2^(k-1), below zero with scale -s_1."""
-    levels, scale = region_levels(Q_X, x, group, region)
-    zero = torch.zeros_like(scale)
-    return Inputs(levels.abs_().to(torch.uint8), -scale if region == 1 else scale, zero)
+    scale = Q_X.params_for(x, group)[region - 1]
+    codes = gelu_region(x, scale, region, Q_X.bits).abs_().to(torch.uint8)
+    return Inputs(codes, -scale if region == 1 else scale, torch.zeros_like(scale))
 
 
 def weight_codes(Q_W: UniformQuantizer, weight: Tensor, highest: int) -> Weight:

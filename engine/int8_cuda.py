@@ -23,7 +23,7 @@ from torch import Tensor
 from engine.cuda_products import norm_codes, regions, torch_linear, triton_linear
 from engine.int_products import MAX_INPUTS, has_int_unit
 from engine.token_quantizer import TokenQuantizer
-from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, quantize
+from quant_ops import GeluQuantizer, UniformQuantizer, gelu_region, quantize
 
 
 def why_not(v: Tensor, act: nn.Module, device: torch.device) -> str:
@@ -142,7 +142,7 @@ class Int8LinearCUDA(nn.Module):
         params = self.act.params_for(x, group)
         if isinstance(self.act, UniformQuantizer):
             return quantize(x, *params, self.act.bits).sub_(self.half).to(torch.int8)
-        low, high = gelu_regions(x, *params, self.act.bits)
+        low, high = (gelu_region(x, params[i], i + 1, self.act.bits) for i in (0, 1))
         return low.add_(high).to(torch.int8)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, library
 from engine.cpu_products import pack, pair_limit, u8s8
 from engine.int_products import MAX_INPUTS
 from engine.token_quantizer import TokenQuantizer
-from quant_ops import GeluQuantizer, UniformQuantizer, gelu_regions, qparams_from_range, quantize
+from quant_ops import GeluQuantizer, UniformQuantizer, gelu_region, qparams_from_range, quantize
 
 # ------------------------------------------------------------------------------------------------
 # The product
@@ -127,8 +127,9 @@ class Int8Linear(nn.Module):
         if isinstance(self.act, UniformQuantizer):
             codes = quantize(x, *self.act.params_for(x, group), self.act.bits)
             return self.product(codes, self.act.scale, self.act.zero_point, group, self.bias)
-        low, high = gelu_regions(x, *self.act.params_for(x, group), self.act.bits)
-        half = 2 ** (self.act.bits - 1)  # R1's codes are -half..0
+        bits, scales = self.act.bits, self.act.params_for(x, group)
+        low, high = gelu_region(x, scales[0], 1, bits), gelu_region(x, scales[1], 2, bits)
+        half = 2 ** (bits - 1)  # R1's codes are -half..0
         middle, zero = (torch.full_like(self.act.scale1, v) for v in (half, 0))
         out = self.product(low + half, self.act.scale1, middle, group, self.bias)
         return out + self.product(high, self.act.scale2, zero, group, None)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant_ops import GeluQuantizer, UniformQuantizer, hessian_loss, quantize
+from quant_ops import GeluQuantizer, UniformQuantizer, gelu_region, hessian_loss, quantize
 
 MAX_INPUTS = 2**15  # I: |every sum below| <= 2^16 I must stay below 2^31
 
@@ -54,14 +54,8 @@ def input_codes(Q_X: UniformQuantizer | GeluQuantizer, x: Tensor, group: Tensor)
 
 def region_codes(Q_X: GeluQuantizer, x: Tensor, group: Tensor, region: int) -> list[Codes]:
     """The one term of region 1 or 2 alone."""
-    return [in_int8(*region_levels(Q_X, x, group, region), None)]
-
-
-def region_levels(Q_X: GeluQuantizer, x: Tensor, group: Tensor, region: int) -> tuple:
-    """Of `gelu_regions` (quant_ops.py) one, 1 or 2, and its scale: (), or (R, 1)."""
-    half, scale = 2 ** (Q_X.bits - 1), Q_X.params_for(x, group)[region - 1]
-    low, high = (-half, 0) if region == 1 else (0, half - 1)
-    return (x / scale).round_().clamp_(low, high), scale
+    scale = Q_X.params_for(x, group)[region - 1]
+    return [in_int8(gelu_region(x, scale, region, Q_X.bits), scale, None)]
 
 
 def int_error(terms: list[Codes], weight: Codes, z: Tensor) -> Tensor:
