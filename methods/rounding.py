@@ -108,6 +108,21 @@ def group_grid(weight: Tensor, group_size: int, bits: int, importance: Tensor) -
     return UniformQuantizer(bits, grid[errors.argmin(dim=0)][..., None] * scale, zero_point)
 
 
+def rescaled(Q_W: UniformQuantizer, weight: Tensor, view, gram: Tensor) -> UniformQuantizer:
+    """The quantizer with all scales of an output channel times one factor: that of 17 with which
+    `gptq` leaves the least e H e^T, e being the error of the channel's weights, H `gram` (I, I).
+
+    Scales of least error without GPTQ are not its best: what columns pass on widens the others.
+    """
+    factors, errors = scale_grid(17, 0.8, 1.2).to(weight), []
+    for factor in factors:
+        scaled = UniformQuantizer(Q_W.bits, factor * Q_W.scale, Q_W.zero_point)
+        error = (rounded_to(scaled, weight, view, gram) - weight).double()
+        errors.append(((error @ gram) * error).sum(dim=1))
+    best = factors[torch.stack(errors).argmin(dim=0)].view(-1, *[1] * (Q_W.scale.ndim - 1))
+    return UniformQuantizer(Q_W.bits, best * Q_W.scale, Q_W.zero_point)
+
+
 def low_rank_part(error: Tensor, gram: Tensor, rank: int, damp: float = 0.01) -> dict:
     """dict(left (O, r), right (r, I)): the product of this rank that comes nearest to a weight's
     rounding error (O, I) as the outputs see it, over inputs of this Gram matrix (QERA, arXiv

@@ -8,7 +8,8 @@ Algorithm 1 and its objective, Eq. (16), as in 03, and, each with a switch of it
     --weight-group       weights: a scale for each output channel and so many input channels
     --hadamard           inputs rotated within blocks of channels, where it pays (arXiv 2404.00456)
     --smoothquant        input channels evened out (arXiv 2211.10438): the strength of least error
-    --rounding           gptq: weights rounded column by column, errors made up for (2210.17323)
+    --rounding           gptq: weights rounded column by column, errors made up for (2210.17323);
+                         gptq-scales: with the scales, for each row, that leave it least error
     --rank               in blocks, a branch in full precision makes up for rounding (2410.06040)
     --fit-last           the last layer fitted to what the quantized network before it gives
     --edge-bits          the first layer's weight, the last layer's weight and inputs have more bits
@@ -27,7 +28,6 @@ With --input-group token --weight-group none --no-hadamard, `04 --engine int8` m
 import sys
 from argparse import BooleanOptionalAction
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,18 +42,13 @@ from common.fast_search import make_search  # noqa: E402
 from common.offload import units  # noqa: E402
 from common.phase3 import Machine, Phase3  # noqa: E402
 from common.quantizers import DynamicQuantizer  # noqa: E402
-from common.report import linear_cost, matmul_cost  # noqa: E402
-from methods.balancing import Way, transformed  # noqa: E402
-from methods.dynamic import channels_or_token, group_size  # noqa: E402
+from common.report import matmul_cost  # noqa: E402
+from methods.dynamic import channels_or_token  # noqa: E402
 from methods.last_layer import fitted  # noqa: E402
-from methods.rounding import divisor, gram, group_grid, low_rank_part, rounded_to  # noqa: E402
-from methods.static_scales import joined, search_static  # noqa: E402
+from methods.plus_linear import ROUNDING, quantize_linear, to_fit  # noqa: E402
+from methods.static_scales import joined  # noqa: E402
 from models_dit import Diffusion, MatMul  # noqa: E402
-from quant_ops import (  # noqa: E402
-    FullPrecision, LossOfA, LossOfB, WeightLoss, softmax_candidates, uniform_candidates,
-)  # fmt: skip
-
-STRENGTHS = (None, 0.5, 1.0)  # of SmoothQuant, tried for each layer; None: as it is
+from quant_ops import LossOfA, LossOfB, softmax_candidates, uniform_candidates  # noqa: E402
 
 
 class Settings(NamedTuple):
@@ -78,13 +73,6 @@ class Settings(NamedTuple):
     tag: str
 
 
-class Bits(NamedTuple):
-    """Bits of one layer; inputs with None stay in full precision."""
-
-    weight: int
-    inputs: int | None
-
-
 def parse_args():
     p, flag = Parser(__doc__), BooleanOptionalAction
     p.paper.add_argument("--wbits", type=whole_number, required=True, help="k of weights, 2..8")
@@ -96,7 +84,7 @@ def parse_args():
     p.ours.add_argument("--cond-bits", **optional, help="2..8, none: as they are")
     p.ours.add_argument("--tgq-inputs", action=flag, default=True, help="TGQ for linear inputs")
     p.ours.add_argument("--smoothquant", action=flag, default=True, help="even out input channels")
-    p.ours.add_argument("--rounding", choices=("gptq", "nearest"), default="gptq", help="weights")
+    p.ours.add_argument("--rounding", choices=ROUNDING, default="gptq-scales", help="weights")
     group = "channels; token: all of a token; none: static scales, searched"
     p.ours.add_argument("--input-group", type=channels_or_token, default=32, help=group)
     p.ours.add_argument("--dynamic-products", action=flag, default=True, help="of attention")
@@ -120,71 +108,6 @@ def check(args):
     check_unit_flags(args)
 
 
-def bits_of(layer, cfg):
-    """The `Bits` of a layer."""
-    if layer.spec.conditioning:
-        return Bits(cfg.cond_bits, None)
-    edge = cfg.edge_bits if layer.spec.unit != "block" else None
-    if layer.spec.reads_image:  # D6: of the patch embedding only the weight
-        return Bits(edge or cfg.wbits, None)
-    return Bits(edge or cfg.wbits, edge or cfg.abits)
-
-
-def search_linear(weight, fit, layer, cfg, search):
-    """Alg. 1 lines 16-22 with TGQ for the inputs: Q_W and Q_X of a weight (O, I)."""
-    bits = bits_of(layer, cfg)
-    Q_W, weights = uniform_candidates(*weight.aminmax(dim=1, keepdim=True), bits.weight)
-    if bits.inputs is None:
-        return search(weights, fit, WeightLoss(weight, FullPrecision())), FullPrecision()
-    if cfg.input_group is not None:
-        size = group_size(cfg.input_group, weight.shape[1])
-        Q_X = DynamicQuantizer(bits.inputs, "token", size)
-        if cfg.weight_group is None:
-            Q_W = search(weights, fit, WeightLoss(weight, Q_X))
-        return Q_W, Q_X
-    how = bits.inputs, layer.spec.post_gelu, cfg.tgq_inputs, cfg.rounds, search
-    return search_static(weight, weights, fit, *how)
-
-
-def rounded_weight(weight, fit, Q_W, Q_X, layer, cfg):
-    """The weight rounded, its quantizer, and for the quant file its `view` and `low_rank`."""
-    if layer.spec.conditioning:
-        return Q_W(weight), Q_W, {}
-    H, more = gram(fit, Q_X), {}
-    if cfg.weight_group is not None and not layer.spec.reads_image:  # that has few inputs
-        size = divisor(weight.shape[1], cfg.weight_group)
-        Q_W = group_grid(weight, size, Q_W.bits, H.diagonal())
-        more["view"] = (len(weight), weight.shape[1] // size, size)
-    W_hat = rounded_to(Q_W, weight, more.get("view"), H if cfg.rounding == "gptq" else None)
-    if cfg.rank and layer.spec.unit == "block":
-        more["low_rank"] = low_rank_part(weight - W_hat, H, cfg.rank)
-    return W_hat, Q_W, more
-
-
-def linear_by(way, layer, data, cfg, search):
-    """A layer's state and cost, its input channels gone this way first."""
-    weight, data, before = transformed(layer.module.weight.detach().flatten(1), data, way)
-    if way.block is not None:  # a rotation leaves nothing of GELU's two regions
-        layer = layer._replace(spec=layer.spec._replace(post_gelu=False))
-    fit = data if cfg.metric == "hessian" else data.unweighted()
-    Q_W, Q_X = search_linear(weight, fit, layer, cfg, search)
-    W_hat, Q_W, more = rounded_weight(weight, fit, Q_W, Q_X, layer, cfg)
-    state = quant_file.linear_state(layer.module, W_hat, Q_W, Q_X, **before, **more)
-    if "low_rank" in more:
-        W_hat = W_hat + more["low_rank"]["left"] @ more["low_rank"]["right"]
-    return dict(state=state, cost=linear_cost(data, W_hat, Q_X))
-
-
-def quantize_linear(layer, data, cfg, search):
-    """Alg. 1 lines 15-22; of all ways the one of least error, Eq. (16)."""
-    channels, quantized = layer.module.weight[0].numel(), bits_of(layer, cfg).inputs is not None
-    strengths = STRENGTHS if cfg.smoothquant and quantized else STRENGTHS[:1]
-    blocks = (None, channels & -channels) if cfg.hadamard and quantized else (None,)
-    ways = map(Way._make, product(strengths, blocks))
-    tried = [linear_by(way, layer, data, cfg, search()) for way in ways]
-    return min(tried, key=lambda found: found["cost"])
-
-
 def matmul_found(data, Q_A, Q_B):
     """State and cost of a product of activations."""
     return dict(state=quant_file.matmul_state(Q_A, Q_B), cost=matmul_cost(data, Q_A, Q_B))
@@ -196,7 +119,7 @@ def quantize_matmul(layer, data, cfg, search):
     if cfg.dynamic_products:
         Q_A, Q_B = (DynamicQuantizer(cfg.abits, per) for per in ("token", "column"))
         return matmul_found(data, Q_A, Q_B)
-    search, fit = search(), data if cfg.metric == "hessian" else data.unweighted()
+    search, fit = search(), to_fit(data, cfg)
     Q_B, candidates_B = uniform_candidates(*data.range("b"), cfg.abits)
     parts, candidates_A = [fit], uniform_candidates(*data.range("a"), cfg.abits)[1]
     if layer.spec.post_softmax:
