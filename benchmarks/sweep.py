@@ -12,19 +12,21 @@ RUNGS = {  # Table III, in its order; "full" is the paper's method, without a ta
     "full": [],
     "tensor": ["--weight-granularity", "tensor"],  # the authors' granularity, D5
 }
-UNFITTED = ["--no-fit-last"]
+NEAREST, SEARCHED = (["--rounding", how] for how in ("nearest", "gptq"))  # on searched scales
+UNFITTED = ["--no-fit-last", *SEARCHED]
 STATIC = "--input-group none --no-dynamic-products --weight-group none --no-hadamard".split()
-STATIC += UNFITTED
+STATIC += ["--no-fit-last"]
 LADDER = {  # what methods/tqdit_plus.py is made of: each rung adds one thing
-    "edge": "--cond-bits none --no-tgq-inputs --no-smoothquant --rounding nearest".split() + STATIC,
-    "inputs": "--cond-bits none --no-smoothquant --rounding nearest".split() + STATIC,
-    "smoothquant": "--cond-bits none --rounding nearest".split() + STATIC,
-    "gptq": "--cond-bits none".split() + STATIC,
-    "static": STATIC,
+    "edge": "--cond-bits none --no-tgq-inputs --no-smoothquant".split() + STATIC + NEAREST,
+    "inputs": "--cond-bits none --no-smoothquant".split() + STATIC + NEAREST,
+    "smoothquant": "--cond-bits none".split() + STATIC + NEAREST,
+    "gptq": "--cond-bits none".split() + STATIC + SEARCHED,
+    "static": STATIC + SEARCHED,
     "dynamic": "--no-dynamic-products --weight-group none --no-hadamard".split() + UNFITTED,
     "products": "--weight-group none --no-hadamard".split() + UNFITTED,
     "hadamard": "--weight-group none".split() + UNFITTED,
     "groups": UNFITTED,
+    "fitted": SEARCHED,
     "plus": [],
 }
 VARIANTS = {tag: (TQDIT, flags) for tag, flags in RUNGS.items()}
@@ -35,7 +37,7 @@ VARIANTS |= {
     "mse": (TQDIT, ["--metric", "mse"]),
     "r1": (TQDIT, ["--rounds", "1"]),
     "plus_mse": (PLUS, ["--metric", "mse"]),
-    "static_r3": (PLUS, [*STATIC, "--rounds", "3"]),
+    "static_r3": (PLUS, [*STATIC, *SEARCHED, "--rounds", "3"]),
 }
 
 
@@ -56,8 +58,10 @@ PAIRS = (
     Pair("R = 3 against R = 1", (6, 6), "full", "r1"),
     Pair("R = 3 against R = 1", (6, 6), "static_r3", "static"),
     Pair("A scale per output channel against one per tensor (D5)", (6, 6), "full", "tensor"),
-    Pair("The last layer fitted to quantized inputs", (6, 6), "plus", "groups"),
-    Pair("The last layer fitted to quantized inputs", (4, 8), "plus", "groups"),
+    Pair("The last layer fitted to quantized inputs", (6, 6), "fitted", "groups"),
+    Pair("The last layer fitted to quantized inputs", (4, 8), "fitted", "groups"),
+    Pair("Scales chosen by GPTQ's own error", (6, 6), "plus", "fitted"),
+    Pair("Scales chosen by GPTQ's own error", (4, 8), "plus", "fitted"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (8, 8), "plus", "full"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (6, 6), "plus", "full"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (4, 8), "plus", "full"),

@@ -24,8 +24,9 @@ from common.layer_schema import Block
 from common.quant_file import make_layer, unpack_weight
 from common.quantizers import hadamard_matrix, rotate
 from common.unit_data import rows_to_search
+from methods import plus_linear
 from methods.balancing import Way, smoothquant_factors
-from methods.rounding import gptq, gram, group_grid, low_rank_part, rounded_to
+from methods.rounding import gptq, gram, group_grid, low_rank_part, rescaled, rounded_to
 from models_dit import Diffusion
 
 PLUS = load_script("methods/tqdit_plus")
@@ -190,8 +191,8 @@ def test_smoothquant_calms_outlier_channels_and_keeps_the_product():
 def test_smoothquant_keeps_the_cheapest_strength(monkeypatch):
     """Of all strengths, none among them, the state with the least cost is kept."""
     kept, costs = quantized(smoothquant=True)[-1], []
-    for strength in PLUS.STRENGTHS:
-        monkeypatch.setattr(PLUS, "STRENGTHS", [strength])
+    for strength in plus_linear.STRENGTHS:
+        monkeypatch.setattr(plus_linear, "STRENGTHS", [strength])
         costs.append(quantized(smoothquant=True)[-1])
     assert kept == min(costs) < max(costs)
 
@@ -204,6 +205,36 @@ def test_gptq_lowers_the_layer_s_cost():
     assert after < 0.7 * before
 
 
+@pytest.mark.parametrize("changes", [{}, dict(weight_group=4)])
+def test_scales_of_gptq_s_own_lower_the_layer_s_cost(changes):
+    """Each row's scales times one factor, 0.8 to 1.2; chosen for the way that costs least without.
+    Grid values as ever: the state makes the weight that the cost is of."""
+    _, _, plain, before = quantized(wbits=3, abits=8, rounding="gptq", **changes)
+    layer, data, state, after = quantized(wbits=3, abits=8, rounding="gptq-scales", **changes)
+    factors = state["weight"]["scale"] / plain["weight"]["scale"]
+    rows = factors.flatten(1)[:, :1]
+    torch.testing.assert_close(factors.flatten(1), rows.expand_as(factors.flatten(1)))
+    assert 0.799 < rows.min() < rows.max() < 1.201 and len(rows.unique()) > 3
+    assert after < 0.95 * before
+    made = make_layer(state)
+    error = [(c.grad * (made(c.x, c.group) - layer(c.x))).square().sum().item() for c in data]
+    assert after == pytest.approx(sum(error), rel=1e-3)
+
+
+def test_rescaled_is_the_best_of_its_factors_for_each_row():
+    """By hand: gptq with every factor, the row's error e H e^T; and a zero point stays."""
+    x, weight, (scale, zero_point, bits), _ = gptq_case()
+    H = (x.T @ x).double()
+    found = rescaled(q.UniformQuantizer(bits, scale, zero_point), weight, None, H)
+    errors = []
+    for factor in q.scale_grid(17, 0.8, 1.2):
+        e = (gptq(weight, factor * scale, zero_point, bits, H) - weight).double()
+        errors.append(torch.einsum("oi,ij,oj->o", e, H, e))
+    best = q.scale_grid(17, 0.8, 1.2)[torch.stack(errors).argmin(dim=0)]
+    assert torch.equal(found.scale, best[:, None] * scale) and len(best.unique()) > 1
+    assert torch.equal(found.zero_point, zero_point) and found.bits == bits
+
+
 @pytest.mark.parametrize("changes", [{}, dict(input_group=8), dict(weight_group=8)])
 def test_every_way_of_a_layer_is_its_function(changes):
     """At 8 bits a layer made of the state, rotated, smoothed or both, is the layer in full
@@ -214,7 +245,8 @@ def test_every_way_of_a_layer_is_its_function(changes):
             more = dict(wbits=8, abits=8, rounding="gptq", rank=1)
             cfg = PLUS.Settings(**PLAIN | changes | more)
             where = layer_of(layer), data, cfg, FastSearch()
-            found = PLUS.linear_by(Way(strength, block), *where)
+            grids = plus_linear.grids_by(Way(strength, block), *where)
+            found = plus_linear.rounded(grids, cfg, cfg.rounding)
             made, state = make_layer(found["state"]), found["state"]
             assert ("smooth" in state, "hadamard" in state) == (strength is not None, bool(block))
             error = torch.cat([made(c.x) - layer(c.x) for c in data])
@@ -225,17 +257,24 @@ def test_every_way_of_a_layer_is_its_function(changes):
 
 def test_hadamard_keeps_the_cheaper_of_both(monkeypatch):
     """Of a layer's ways, rotated or not, smoothed or not, the state with the least cost is kept."""
-    costs, linear_by = {}, PLUS.linear_by
+    ways, costs = [], []
+    grids_by, rounded = plus_linear.grids_by, plus_linear.rounded
 
     def recorded(way, *args):
-        found = linear_by(way, *args)
-        costs[way] = found["cost"]
+        ways.append(way)
+        return grids_by(way, *args)
+
+    def costed(*args):
+        found = rounded(*args)
+        costs.append(found["cost"])
         return found
 
-    monkeypatch.setattr(PLUS, "linear_by", recorded)
+    monkeypatch.setattr(plus_linear, "grids_by", recorded)
+    monkeypatch.setattr(plus_linear, "rounded", costed)
     kept = quantized(hadamard=True, smoothquant=True)[-1]
-    assert set(costs) == {Way(s, b) for s in PLUS.STRENGTHS for b in (None, 16)}
-    assert kept == min(costs.values()) < max(costs.values())
+    *costs, last = costs
+    assert set(ways) == {Way(s, b) for s in plus_linear.STRENGTHS for b in (None, 16)}
+    assert kept == last == min(costs) < max(costs) and len(costs) == len(ways)
 
 
 def test_dynamic_inputs_have_a_scale_for_each_token_and_group():
