@@ -8,6 +8,9 @@ from torch import Tensor
 from quant_ops import UniformQuantizer, fake_quant, qparams_from_range, scale_grid
 
 
+BLOCK = 128  # columns of `gptq` whose errors reach those beyond in one product
+
+
 def gram(data, Q_X):
     """Sum of x x^T over the quantized inputs x, weighted by the mean squared gradient, (I, I)."""
     total = 0
@@ -42,11 +45,15 @@ def gptq(
     upper = inverse_factor(gram, damp)
     left, rounded = weight[:, order].double(), torch.empty_like(weight)
     scale, zero_point = (x.expand_as(weight)[:, :, None] for x in (scale, zero_point))
-    for j, column in enumerate(order.tolist()):
-        grid = scale[:, column], zero_point[:, column], bits
-        rounded[:, column] = fake_quant(left[:, j : j + 1].float(), *grid)[:, 0]
-        error = (left[:, j] - rounded[:, column]) / upper[j, j]
-        left[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
+    for start in range(0, len(order), BLOCK):
+        end = start + BLOCK
+        own, errors = left[:, start:end].clone(), torch.empty_like(left[:, start:end])
+        for j, column in enumerate(order[start:end].tolist()):
+            grid, row = (scale[:, column], zero_point[:, column], bits), upper[start + j, start:end]
+            rounded[:, column] = fake_quant(own[:, j : j + 1].float(), *grid)[:, 0]
+            errors[:, j] = (own[:, j] - rounded[:, column]) / row[j]
+            own[:, j + 1 :] -= errors[:, j : j + 1] * row[j + 1 :]
+        left[:, end:] -= errors @ upper[start:end, end:]
     return rounded
 
 

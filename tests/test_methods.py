@@ -24,7 +24,7 @@ from common.layer_schema import Block
 from common.quant_file import make_layer, unpack_weight
 from common.quantizers import hadamard_matrix, rotate
 from common.unit_data import rows_to_search
-from methods import plus_linear
+from methods import plus_linear, rounding
 from methods.balancing import Way, smoothquant_factors
 from methods.rounding import gptq, gram, group_grid, low_rank_part, rescaled, rounded_to
 from models_dit import Diffusion
@@ -94,6 +94,17 @@ def test_gptq_of_uncorrelated_inputs_is_nearest_rounding():
     _, weight, grid, nearest = gptq_case()
     for products in (torch.diag(torch.rand(32) + 0.1), torch.zeros(32, 32)):
         torch.testing.assert_close(gptq(weight, *grid, products), nearest, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 7, 32, 100])
+def test_gptq_is_the_same_in_blocks_of_any_size(block, monkeypatch):
+    """Errors that reach the columns of later blocks in one product are those of Alg. 1, one column
+    after the other."""
+    x, weight, grid, _ = gptq_case(inputs=40)
+    monkeypatch.setattr(rounding, "BLOCK", 40)
+    whole = gptq(weight, *grid, x.T @ x)
+    monkeypatch.setattr(rounding, "BLOCK", block)
+    torch.testing.assert_close(gptq(weight, *grid, x.T @ x), whole, rtol=0, atol=0)
 
 
 def test_gptq_takes_a_grid_for_each_column():
@@ -288,8 +299,8 @@ def test_dynamic_inputs_have_a_scale_for_each_token_and_group():
 
 def test_weight_groups_lower_the_layer_s_cost():
     """A scale for each output channel and group of inputs, with either rounding."""
-    for rounding in ("nearest", "gptq"):
-        flags = dict(wbits=3, abits=8, rounding=rounding)
+    for how in ("nearest", "gptq"):
+        flags = dict(wbits=3, abits=8, rounding=how)
         _, _, whole, before = quantized(**flags)
         _, _, state, after = quantized(**flags, weight_group=4)
         assert state["weight"]["view"] == [12, 4, 4] and "view" not in whole["weight"]
