@@ -81,7 +81,7 @@ def grids_by(way, layer, data, cfg, search):
     return Grids(layer, weight, data, before, *found)
 
 
-def rounded_weight(grids, cfg, rounding):
+def rounded_weight(grids, cfg):
     """The weight rounded, its quantizer, and for the quant file its `view` and `low_rank`."""
     layer, weight, data, _, Q_W, Q_X = grids
     if layer.spec.conditioning:
@@ -91,17 +91,17 @@ def rounded_weight(grids, cfg, rounding):
         size = divisor(weight.shape[1], cfg.weight_group)
         Q_W = group_grid(weight, size, Q_W.bits, H.diagonal())
         more["view"] = (len(weight), weight.shape[1] // size, size)
-    if rounding == "gptq-scales":
+    if cfg.rounding == "gptq-scales":
         Q_W = rescaled(Q_W, weight, more.get("view"), H)
-    W_hat = rounded_to(Q_W, weight, more.get("view"), None if rounding == "nearest" else H)
+    W_hat = rounded_to(Q_W, weight, more.get("view"), None if cfg.rounding == "nearest" else H)
     if cfg.rank and layer.spec.unit == "block":
         more["low_rank"] = low_rank_part(weight - W_hat, H, cfg.rank)
     return W_hat, Q_W, more
 
 
-def rounded(grids, cfg, rounding):
-    """A layer's state and cost, its weight rounded so."""
-    W_hat, Q_W, more = rounded_weight(grids, cfg, rounding)
+def rounded(grids, cfg):
+    """A layer's state and cost, its weight rounded."""
+    W_hat, Q_W, more = rounded_weight(grids, cfg)
     module, quantizers, more = grids.layer.module, (Q_W, grids.Q_X), grids.before | more
     state = quant_file.linear_state(module, W_hat, *quantizers, **more)
     if "low_rank" in more:
@@ -117,6 +117,7 @@ def quantize_linear(layer, data, cfg, search):
     blocks = (None, channels & -channels) if cfg.hadamard and quantized else (None,)
     ways = map(Way._make, product(strengths, blocks))
     tried = [grids_by(way, layer, data, cfg, search()) for way in ways]
-    first = "gptq" if cfg.rounding == "gptq-scales" else cfg.rounding
-    costs = [rounded(grids, cfg, first)["cost"] for grids in tried]
-    return rounded(tried[costs.index(min(costs))], cfg, cfg.rounding)
+    plain = cfg._replace(rounding="gptq") if cfg.rounding == "gptq-scales" else cfg
+    found = [rounded(grids, plain) for grids in tried]
+    best = min(range(len(tried)), key=lambda i: found[i]["cost"])
+    return found[best] if plain == cfg else rounded(tried[best], cfg)

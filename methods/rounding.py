@@ -7,7 +7,6 @@ from torch import Tensor
 
 from quant_ops import UniformQuantizer, fake_quant, qparams_from_range, scale_grid
 
-
 BLOCK = 128  # columns of `gptq` whose errors reach those beyond in one product
 
 
@@ -44,16 +43,28 @@ def gptq(
     gram = gram[order[:, None], order].double()
     upper = inverse_factor(gram, damp)
     left, rounded = weight[:, order].double(), torch.empty_like(weight)
-    scale, zero_point = (x.expand_as(weight)[:, :, None] for x in (scale, zero_point))
+    scale, zero_point = (x.expand_as(weight)[:, order] for x in (scale, zero_point))
     for start in range(0, len(order), BLOCK):
-        end = start + BLOCK
-        own, errors = left[:, start:end].clone(), torch.empty_like(left[:, start:end])
-        for j, column in enumerate(order[start:end].tolist()):
-            grid, row = (scale[:, column], zero_point[:, column], bits), upper[start + j, start:end]
-            rounded[:, column] = fake_quant(own[:, j : j + 1].float(), *grid)[:, 0]
-            errors[:, j] = (own[:, j] - rounded[:, column]) / row[j]
-            own[:, j + 1 :] -= errors[:, j : j + 1] * row[j + 1 :]
-        left[:, end:] -= errors @ upper[start:end, end:]
+        block = slice(start, start + BLOCK)
+        grid = scale[:, block], zero_point[:, block], bits
+        rounded[:, order[block]] = rounded_block(left, block, *grid, upper)
+    return rounded
+
+
+def rounded_block(left: Tensor, block: slice, scale, zero_point, bits: int, upper: Tensor):
+    """These columns of `left` (O, I), float64, rounded one after the other, their grids (O, B) or
+    (O, 1); what each leaves is taken off the columns after it, `left` changed. Grid values (O, B).
+    """
+    own, beyond = left[:, block].clone(), slice(block.stop, None)
+    errors, rounded = torch.empty_like(own), torch.empty_like(own, dtype=torch.float32)
+    scale, zero_point = scale.expand_as(own), zero_point.expand_as(own)
+    for j, row in enumerate(upper[block, block]):
+        here = slice(j, j + 1)
+        grid = scale[:, here], zero_point[:, here], bits
+        rounded[:, here] = fake_quant(own[:, here].float(), *grid)
+        errors[:, here] = (own[:, here] - rounded[:, here]) / row[j]
+        own[:, j + 1 :] -= errors[:, here] * row[j + 1 :]
+    left[:, beyond] -= errors @ upper[block, beyond]
     return rounded
 
 
@@ -77,16 +88,9 @@ def gptq_groups(weight: Tensor, group_size: int, bits: int, gram: Tensor, damp: 
     left[:, gram.diagonal() == 0] = 0
     upper = inverse_factor(gram.to(torch.float64, copy=True), damp)
     for start in range(0, weight.shape[1], group_size):
-        end = start + group_size
-        own, errors = left[:, start:end], torch.empty_like(left[:, start:end])
-        grids.append(qparams_from_range(*own.float().aminmax(dim=1, keepdim=True), bits))
-        for j in range(group_size):
-            column, row = own[:, j : j + 1], upper[start + j, start + j : end]
-            found = fake_quant(column.float(), *grids[-1], bits)
-            rounded[:, start + j] = found[:, 0]
-            errors[:, j : j + 1] = (column - found) / row[0]
-            own[:, j + 1 :] -= errors[:, j : j + 1] * row[1:]
-        left[:, end:] -= errors @ upper[start:end, end:]
+        group = slice(start, start + group_size)
+        grids.append(qparams_from_range(*left[:, group].float().aminmax(dim=1, keepdim=True), bits))
+        rounded[:, group] = rounded_block(left, group, *grids[-1], bits, upper)
     scale, zero_point = (torch.stack(values, dim=1) for values in zip(*grids, strict=True))
     return rounded, UniformQuantizer(bits, scale, zero_point)
 
