@@ -40,6 +40,32 @@ def _(codes, group, grid, row_sums, weight, onto, then, half, dtype, hopper):
     return codes.new_empty(*codes.shape[:-1], len(weight[0]), dtype=dtype)
 
 
+@library.custom_op("tqdit::codes_and_sums", mutates_args=())
+def codes_and_sums(
+    codes: Tensor,  # as `triton_linear`'s, on a uniform grid
+    group: Tensor | None,
+    grid: Sequence[Tensor | None],
+    row_sums: Sequence[Tensor],
+    weight: Sequence[Tensor | None],
+    then: Sequence[Tensor | None],  # the next layer's uniform grid and `smooth`
+    half: int,
+) -> tuple[Tensor, Tensor]:
+    """`triton_linear` with `then`: the next layer's codes (..., O) in int8, and their sums (...) in
+    int32. By triton_hopper.py, where the sums cost little."""
+    from engine.triton_hopper import linear
+
+    sums = codes.new_zeros(codes.shape[:-1], dtype=torch.int32)
+    with torch.cuda.device_of(codes):
+        out = linear(codes, group, grid, row_sums, weight, [], then, half, torch.int8, sums)
+    return out, sums
+
+
+@codes_and_sums.register_fake
+def _(codes, group, grid, row_sums, weight, then, half):
+    sums = codes.new_empty(codes.shape[:-1], dtype=torch.int32)
+    return codes.new_empty(*codes.shape[:-1], len(weight[0])), sums
+
+
 @library.custom_op("tqdit::norm_codes", mutates_args=())
 def norm_codes(
     x: Tensor,  # (N, S, D)
@@ -78,16 +104,22 @@ def attention(
     then: Sequence[Tensor | None],  # proj's grid, its scale and zero point, and `smooth`
     half: int,  # 2^(k-1) of proj's codes
     with_sums: bool,
+    hopper: bool,  # whether to take triton_hopper_attention.py, where it can
 ) -> tuple[Tensor, Tensor]:
     """The codes (N, S, D) of proj's inputs in int8, and their sums (N, S) in int32, if wanted."""
     from engine.triton_attention import attention as kernel
 
+    if hopper:
+        from engine import triton_hopper_attention as on_hopper
+
+        if on_hopper.takes(qkv.shape[1], qkv.shape[2] // (3 * heads)):
+            kernel = on_hopper.attention
     with torch.cuda.device_of(qkv):
         return kernel(qkv, group, heads, scales, softmax, levels, then, half, with_sums)
 
 
 @attention.register_fake
-def _(qkv, group, heads, scales, softmax, levels, then, half, with_sums):
+def _(qkv, group, heads, scales, softmax, levels, then, half, with_sums, hopper):
     N, S, D = qkv.shape
     sums = qkv.new_empty(N, S, dtype=torch.int32)
     return qkv.new_empty(N, S, D // 3, dtype=torch.int8), sums

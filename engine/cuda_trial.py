@@ -20,8 +20,8 @@ LIMIT = 300  # seconds, compiling counted: a kernel may never end
 
 
 class Kernels(NamedTuple):
-    """What the trial found: why Triton's kernels are not taken, "" if they are; and why
-    `triton_hopper.py` is not, None where it was not tried."""
+    """What the trial found: why Triton's kernels are not taken, "" if they are; and why those for
+    Hopper are not, None where they were not tried."""
 
     no_triton: str
     no_hopper: str | None
@@ -50,7 +50,7 @@ def main(device):
     why_not = trial(device)
     print("triton:", why_not, flush=True)
     if not why_not and on_hopper(device):
-        print("hopper: the kernel for Hopper failed", flush=True)  # it may not come further
+        print("hopper: a kernel for Hopper failed", flush=True)  # it may not come further
         print("hopper:", hopper_trial(device))
 
 
@@ -73,12 +73,13 @@ def on_hopper(device):
 
 
 def hopper_trial(device):
-    """Why `triton_hopper.py` should not be taken: what it gives is known, or is Triton's."""
+    """Why kernels for Hopper should not be taken: what they give is known, or is Triton's."""
     try:
         right = _exact_product(device, True) and _same_product(device)
-        return "" if right else "the kernel for Hopper is wrong here"
+        right = right and _exact_attention(device, True) and _same_attention(device)
+        return "" if right else "a kernel for Hopper is wrong here"
     except Exception as error:  # as above
-        return f"the kernel for Hopper failed, {type(error).__name__}"
+        return f"a kernel for Hopper failed, {type(error).__name__}"
 
 
 def _exact(device):
@@ -128,8 +129,9 @@ def _same_product(device):
         )  # fmt: skip
         codes = fc1.inputs(x, group)
         with torch.autocast(device.type, torch.bfloat16):
-            out = fc1.product(codes, fc1.grid(), group), fc1.before_gelu(codes, group, fc2)
-        found.append(out)
+            out, inputs = fc1.product(codes, fc1.grid(), group), fc1.before_gelu(codes, group, fc2)
+        sums = fc2.row_sums(inputs[0], fc2.grid(), inputs[1])
+        found.append([out, inputs[0], *sums])
     return all(map(torch.equal, *found))
 
 
@@ -145,19 +147,33 @@ def _exact_norm(device):
     return all(right) and not sums.any()
 
 
-def _exact_attention(device):
+def _exact_attention(device, hopper=False):
     """Where all keys are the same, the result is the mean of v: 31 steps of 8, in all 72 columns of
-    each of two heads. Of one tile of keys, and of two."""
+    each of two heads. Of one tile of keys, and of two; by Hopper's kernel of both sizes it takes.
+    """
     one, zero = (torch.full((), n, device=device) for n in (1.0, 0.0))
     eighth, scale1 = (torch.full((), 2.0**-n, device=device) for n in (3, 12))
     scales, then = [0.001 * one, 0.001 * one, eighth], [one, zero.int(), one.expand(144).clone()]
-    for tokens in 64, 128:
+    for tokens in (128, 256) if hopper else (64, 128):
         qkv = torch.full((2, tokens, 3 * 144), 248.0, device=device)
         qkv = qkv.bfloat16() if device.type == "cuda" else qkv
-        codes, sums = attention(qkv, None, 2, scales, scale1, 128.0, then, 128, True)
+        codes, sums = attention(qkv, None, 2, scales, scale1, 128.0, then, 128, True, hopper)
         if bool((codes != 31).any() or (sums != 31 * 144).any()):
             return False
     return True
+
+
+def _same_attention(device):
+    """What Triton's attention gives but for ties, in groups, of all tiles of queries: where R1
+    reaches R2, and where not."""
+    draw = torch.Generator().manual_seed(0)
+    qkv = torch.randint(-128, 128, (9, 256, 3 * 144), generator=draw).bfloat16().to(device)
+    one, zero = torch.ones((), device=device), torch.zeros((), dtype=torch.int32, device=device)
+    scales, group = [0.01 * one, 0.01 * one, one], torch.arange(9, device=device) % 2
+    how = torch.tensor([2.0**-10, 2.0**-17], device=device), 128.0, [0.2 * one, zero, None], 128
+    triton, hopper = (attention(qkv, group, 2, scales, *how, True, by) for by in (False, True))
+    right = torch.equal(hopper[1].long(), hopper[0].sum(dim=-1))
+    return right and bool((hopper[0] != triton[0]).float().mean() < 1e-3)
 
 
 if __name__ == "__main__":

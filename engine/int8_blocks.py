@@ -34,8 +34,8 @@ class Int8Mlp(nn.Module):
 
     def of_codes(self, codes, sums, group):
         """Of fc1's codes, and their sums if known."""
-        inputs = self.fc1.before_gelu(codes, group, self.fc2, sums)
-        return self.fc2.product(inputs, self.fc2.grid(), group)
+        inputs, sums = self.fc1.before_gelu(codes, group, self.fc2, sums)
+        return self.fc2.product(inputs, self.fc2.grid(), group, sums)
 
 
 MAX_WIDTH = 96  # of a head: more does not fit every GPU's shared memory
@@ -89,7 +89,8 @@ class Int8Attention(nn.Module):
         softmax = av.a.scale1, 2.0 ** (av.a.bits - 1)
         then = [proj.act.scale, proj.zero_point, proj.smooth], proj.half
         with_sums = proj.correction is not None
-        return attention(steps, group, self.num_heads, scales, *softmax, *then, with_sums)
+        how = *softmax, *then, with_sums, proj.hopper
+        return attention(steps, group, self.num_heads, scales, *how)
 
 
 class Int8Blocks(nn.Module):

@@ -20,7 +20,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.cuda_products import norm_codes, regions, torch_linear, triton_linear
+from engine.cuda_products import (
+    codes_and_sums,
+    norm_codes,
+    regions,
+    torch_linear,
+    triton_linear,
+)
 from engine.int_products import MAX_INPUTS, has_int_unit
 from engine.token_quantizer import TokenQuantizer
 from quant_ops import GeluQuantizer, UniformQuantizer, gelu_region, quantize
@@ -90,10 +96,16 @@ class Int8LinearCUDA(nn.Module):
         return known or [a.sum(dim=-1, dtype=torch.int32) for a in regions(codes, grid)]
 
     def before_gelu(self, codes, group, fc2, sums=None):
-        """Of a uniform grid's codes what fc2 multiplies: GELU's output, quantized."""
+        """Of a uniform grid's codes what fc2 multiplies: GELU's output, quantized; and the sums of
+        its codes, if they come at little cost."""
         sums, then = self.row_sums(codes, self.grid(), sums), [*fc2.grid(), fc2.smooth]
         dtype = fc2.input_dtype(codes.device.type)
-        return self.by_triton(codes, group, self.grid(), sums, [], then, fc2.half, dtype)
+        if self.hopper and isinstance(fc2.act, UniformQuantizer) and fc2.correction is not None:
+            weight = self.of_weight()
+            out, sums = codes_and_sums(codes, group, self.grid(), sums, weight, then, fc2.half)
+            return out, [sums]
+        out = self.by_triton(codes, group, self.grid(), sums, [], then, fc2.half, dtype)
+        return out, None
 
     def in_steps(self, codes, group, onto, sums=None):
         """Of a uniform grid's codes what out is quantized to, in whole steps."""

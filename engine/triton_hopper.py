@@ -10,13 +10,8 @@ import torch
 from triton import cdiv
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.triton_kernels import ends, vector
@@ -71,11 +66,20 @@ def products(n, ring, step, steps):
         slot = step % SLOTS
         mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
         v = v_slots.index(slot).permute((1, 0))
-        n = warpgroup_mma(a_slots.index(slot), v, n, is_async=True)
-        n = warpgroup_mma_wait(1, (n,))  # the one before is done with its slot
+        n = hopper.warpgroup_mma(a_slots.index(slot), v, n, is_async=True)
+        n = hopper.warpgroup_mma_wait(1, (n,))  # the one before is done with its slot
         mbarrier.arrive(empty.index((step + SLOTS - 1) % SLOTS), pred=i > 0)
         step += 1
     return n, step
+
+
+@gluon.jit
+def add_sums(to, codes, rows, num_rows, columns, width, is_last):
+    """Adds the sums of a tile's rows to those of other tiles. The last one may not be full."""
+    codes = codes.to(gl.int32)
+    if is_last:
+        codes = gl.where((columns < width)[None, :], codes, 0)
+    gl.atomic_add(to + rows, gl.sum(codes, axis=1), rows < num_rows, sem="relaxed")
 
 
 @gluon.jit
@@ -89,7 +93,7 @@ def multiply(which: gl.constexpr, ring, turn, staged, out, sizes, of_inputs, of_
     tokens, num_rows, num_inputs, width = sizes
     group, scale, zero_point, by_group, row_sum = of_inputs
     w_scale, bias, w_sum, correction, inverse, lowest, highest = of_columns
-    then_scale, then_scale2, then_zero_point, then_by_group, smooth, half = then
+    then_scale, then_scale2, then_zero_point, then_by_group, smooth, half, then_sum = then
     across, steps, programs = gl.cdiv(width, O), gl.cdiv(num_inputs, I), gl.num_programs(0)
     step, phase = which * steps, 1 - which
     first = gl.program_id(0) + which * programs
@@ -109,7 +113,7 @@ def multiply(which: gl.constexpr, ring, turn, staged, out, sizes, of_inputs, of_
         mbarrier.wait(turn.index(which), phase)
         n, step = products(n, ring, step, steps)
         mbarrier.arrive(turn.index(1 - which))
-        n = warpgroup_mma_wait(0, (n,))
+        n = hopper.warpgroup_mma_wait(0, (n,))
         mbarrier.arrive(ring[3].index((step - 1) % SLOTS))
         step, phase = step + steps, phase ^ 1  # the other's tile lies between
         x = ends(
@@ -117,9 +121,11 @@ def multiply(which: gl.constexpr, ring, turn, staged, out, sizes, of_inputs, of_
             inverse, lowest, highest, then_scale, then_scale2, then_zero_point, there, smooth, half,
             out.dtype,
         )  # fmt: skip
+        if then_sum is not None:
+            add_sums(then_sum, x, rows, num_rows, columns, width, column + O >= width)
         tma.store_wait(0)  # the tile before has left shared memory
         staged.store(x)
-        fence_async_shared()
+        hopper.fence_async_shared()
         async_store(out, [row, column], staged)
     tma.store_wait(0)
 
@@ -129,7 +135,7 @@ def linear_kernel(
     out, codes, weight, group, tokens, num_rows, num_inputs, width,
     scale, zero_point, by_group, row_sum, w_scale, bias, w_sum, correction,
     inverse, lowest, highest, then_scale, then_scale2, then_zero_point, then_by_group, smooth, half,
-    SLOTS: gl.constexpr, REGISTERS: gl.constexpr, OF_LOADING: gl.constexpr,
+    then_sum, SLOTS: gl.constexpr, REGISTERS: gl.constexpr, OF_LOADING: gl.constexpr,
 ):  # fmt: skip
     """Tiles of out (R, O), of codes (R, I) and weight (O, I), as `triton_kernels.linear_kernel`."""
     a_slots = gl.allocate_shared_memory(gl.int8, [SLOTS] + codes.block_shape, codes.layout)
@@ -143,12 +149,12 @@ def linear_kernel(
         mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
-    fence_async_shared()  # the copy engine sees them
+    hopper.fence_async_shared()  # the copy engine sees them
     ring = a_slots, v_slots, full, empty
     sizes = tokens, num_rows, num_inputs, width
     of_inputs = group, scale, zero_point, by_group, row_sum
     of_columns = w_scale, bias, w_sum, correction, inverse, lowest, highest
-    then = then_scale, then_scale2, then_zero_point, then_by_group, smooth, half
+    then = then_scale, then_scale2, then_zero_point, then_by_group, smooth, half, then_sum
     gl.warp_specialize(
         [
             (multiply, (0, ring, turn, staged.index(0), out, sizes, of_inputs, of_columns, then)),
@@ -171,8 +177,9 @@ def tiles_of(matrix, rows, columns):
     return TensorDescriptor.from_tensor(flat, [rows, columns], layout)
 
 
-def linear(codes, group, grid, row_sums, weight, onto, then, half, dtype):
-    """`triton_kernels.linear`, for one term and a dtype of 8 or 16 bits."""
+def linear(codes, group, grid, row_sums, weight, onto, then, half, dtype, then_sum=None):
+    """`triton_kernels.linear`, for one term and a dtype of 8 or 16 bits. To `then_sum` are added
+    the sums of the next layer's codes, in each row."""
     (scale, _, zero_point), (v, *of_columns) = grid, weight
     then_scale, then_scale2, then_zero_point, smooth = then or [None] * 4
     out = codes.new_empty(*codes.shape[:-1], len(v), dtype=dtype)
@@ -186,7 +193,7 @@ def linear(codes, group, grid, row_sums, weight, onto, then, half, dtype):
         scale, zero_point, int(scale.ndim > 0), row_sums[0].contiguous() if row_sums else None,
         *of_columns, *(onto or [None] * 3),
         then_scale, then_scale2, then_zero_point, int(bool(then) and then_scale.ndim > 0),
-        smooth, half, SLOTS, REGISTERS, OF_LOADING,
+        smooth, half, then_sum, SLOTS, REGISTERS, OF_LOADING,
         num_warps=4, maxnreg=MEAN, enable_fp_fusion=False,
     )  # fmt: skip
     return out

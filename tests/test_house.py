@@ -25,6 +25,8 @@ MAY_IMPORT = {name: LIBRARIES | RUNTIME for name in [*SCRIPTS, "methods", "demo"
     "engine/triton_kernels.py": {"torch", "triton"},  # itself imported inside functions alone
     "engine/triton_loss.py": {"engine", "triton"},  # so are these
     "engine/triton_hopper.py": {"engine", "torch", "triton"},
+    "engine/triton_hopper_tiles.py": {"engine", "triton"},
+    "engine/triton_hopper_attention.py": {"engine", "torch", "triton"},
     "engine/triton_norm.py": {"engine", "torch", "triton"},
     "engine/triton_attention.py": {"engine", "torch", "triton"},
     "common": {"quant_ops", "models_dit", "engine", "common"} | RUNTIME,

@@ -74,7 +74,7 @@ def test_gelu_and_codes_at_the_end_of_fc1(kind, groups):
     hidden = F.gelu(fc1(x, group) / 8, approximate="tanh")
     fc1.w_scale /= 8
     fc1.bias /= 8
-    found = fc1.before_gelu(fc1.inputs(x, group), group, fc2)
+    found, _ = fc1.before_gelu(fc1.inputs(x, group), group, fc2)
     expected = fc2.inputs(hidden, group)
     same_codes(found, expected)
     out = b.Int8Mlp(fc1, fc2)(x, group)
@@ -163,7 +163,7 @@ def test_softmax_on_the_border_of_its_regions():
     one, zero = torch.ones((), device=DEVICE), torch.zeros((), dtype=torch.int32, device=DEVICE)
     p = q.mrq_softmax(torch.full((64,), 1 / 64), torch.tensor(2.0**-20), 6)
     codes, _ = b.attention(
-        steps, None, 1, [one, one, one], 2.0**-20 * one, 32.0, [one, zero, None], 32, False
+        steps, None, 1, [one] * 3, 2.0**-20 * one, 32.0, [one, zero, None], 32, False, False
     )
     assert (codes == round(3 * p.sum().item())).all() and codes.unique().tolist() == [6]
 

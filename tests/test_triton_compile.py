@@ -16,11 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from engine import triton_hopper as h
-from engine import triton_attention, triton_kernels as k, triton_loss, triton_norm
+from engine import triton_attention, triton_hopper_attention as ha, triton_kernels as k
+from engine import triton_loss, triton_norm
 
 WHOLE = "tokens num_rows num_inputs width half of_gate of_shift of_scale".split()
 WHOLE += "by_group then_by_group by_row".split()
-INT32 = "row_sum row_sum2 zero_point then_zero_point w_zero w_sum correction".split()
+INT32 = "then_sum row_sum row_sum2 zero_point then_zero_point w_zero w_sum correction".split()
 
 def check(name, kernel, capability, tile, lacks, types, instruction, constants,
           made_of=ASTSource, **options):
@@ -67,6 +68,7 @@ for capability in (80, 90):
             blocks = dict(SLOTS=h.SLOTS, REGISTERS=h.REGISTERS, OF_LOADING=h.OF_LOADING)
             types = {name: f"{part[:-1]},{h.layout_of(O, bits[name])!r}>"
                      for name, part in types.items()}
+            lacks = lacks if kind == "before folded MRQ" else [*lacks, "then_sum"]
             check(kind, h.linear_kernel, capability, (*tile, 4, 1), lacks, types, "s32.s8.s8",
                   blocks, GluonASTSource, maxnreg=h.MEAN)
     for kind, lacks in losses.items():
@@ -85,6 +87,17 @@ for capability in (80, 90):
             types = dict(out="*i8", qkv="*bf16", levels="fp32")
             check("attention", triton_attention.attention_kernel, capability,
                   triton_attention.TILE, [], types, "f32.bf16.bf16", sizes)
+        for tokens in (128, 256) if capability == 90 else ():
+            head, tail = k.split(width)
+            types = {"of_q": (64, head), "of_q2": (64, tail), "of_kv": (tokens, head),
+                     "of_kv2": (tokens, tail)}
+            lacks = [name for name, (_, columns) in types.items() if not columns]
+            types = {name: f"tensordesc<bf16[1, {rows}, {columns}],{ha.layout_of(columns)!r}>"
+                     for name, (rows, columns) in types.items() if columns}
+            types |= dict(out="*i8", levels="fp32")
+            sizes = dict(S=tokens, HEADS=16, WIDTH=width, SLOTS=ha.SLOTS)
+            check("attention on Hopper", ha.attention_kernel, capability, (4, 1), lacks, types,
+                  "f32.bf16.bf16", sizes, GluonASTSource, maxnreg=255)
         head, tail = k.split(16 * width)
         sizes = dict(WIDTH=16 * width, HEAD=head, TAIL=tail)
         for lacks in ["h", "gate", "summed"], []:
@@ -104,4 +117,4 @@ def test_kernels_compile_to_int8_tensor_core_instructions(tmp_path):
     command = [sys.executable, tmp_path / "script.py"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["ok"] * 45
+    assert result.stdout.splitlines() == ["ok"] * 51

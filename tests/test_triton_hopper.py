@@ -1,10 +1,12 @@
-"""engine/triton_hopper.py: what Triton's product gives, bit for bit. It needs a Hopper GPU."""
+"""engine/triton_hopper.py: what Triton's product gives, bit for bit; triton_hopper_attention.py:
+what Triton's attention gives, but for ties. They need a Hopper GPU."""
 
 import pytest
 import torch
 from int8_layers import DEVICE, GROUPS, ROWS, TOKENS, layer_of
 
 from engine import cuda_trial
+from engine.cuda_products import attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,7 +64,11 @@ def test_inputs_of_fc2_are_triton_s_bit_for_bit(size, kind, groups):
     fc2, _ = layer_of((8, 8), kind, factor, True, inputs, outputs, torch.rand(outputs) + 1)
     codes = fc1.inputs(x, group)
     with torch.autocast("cuda", torch.bfloat16):
-        hopper, triton = both(fc1, lambda x: x.before_gelu(codes, group, fc2))
+        found = both(fc1, lambda x: x.before_gelu(codes, group, fc2))
+    (hopper, sums), (triton, _) = found
+    assert (sums is None) == (kind == "gelu")
+    if sums is not None:
+        assert torch.equal(sums[0].long(), triton.sum(dim=-1))
     assert hopper.dtype == (torch.int8 if kind == "folded" else torch.bfloat16)
     assert torch.equal(hopper, triton) and hopper.unique().numel() > 30
 
@@ -86,6 +92,34 @@ def test_one_row():
     assert torch.equal(hopper, triton)
 
 
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("scale1", [2.0**-8, 2.0**-11, 2.0**-18])
+@pytest.mark.parametrize("tokens, heads, width", [
+    (256, 16, 72), (256, 6, 64), (128, 3, 96), (128, 2, 16), (256, 2, 24), (128, 5, 80),
+])  # fmt: skip
+def test_attention_is_triton_s_but_for_ties(tokens, heads, width, scale1, smooth):
+    """q, k and v of 8 bits, MRQ of 8 whose R1 reaches R2 or not, three time groups."""
+    D, one = heads * width, torch.ones((), device=DEVICE)
+    qkv = torch.randint(-128, 128, (ROWS, tokens, 3 * D), device=DEVICE).bfloat16()
+    steps = torch.tensor([1.0, 1.5, 0.7], device=DEVICE)
+    then = [0.15 * steps, torch.arange(3, device=DEVICE, dtype=torch.int32), None]
+    then[2] = torch.rand(D, device=DEVICE) + 0.5 if smooth else None
+    how = [0.02 * one, 0.01 * one, one], scale1 * steps.ceil(), 128.0, then, 128, True
+    group = GROUPS["mixed"][1].to(DEVICE)
+    hopper, triton = (attention(qkv, group, heads, *how, by) for by in (True, False))
+    assert torch.equal(hopper[1].long(), hopper[0].sum(dim=-1))
+    assert (hopper[0] != triton[0]).float().mean() < 1e-3 and hopper[0].unique().numel() > 30
+
+
+@torch.no_grad()
+def test_softmax_on_the_border_of_its_regions():
+    """All keys alike, 2^k of them: p lies half-way to R2's first level, which it gets."""
+    qkv = torch.full((1, 256, 3 * 16), 3.0, device=DEVICE).bfloat16()
+    one, zero = torch.ones((), device=DEVICE), torch.zeros((), dtype=torch.int32, device=DEVICE)
+    how = [one] * 3, 2.0**-24 * one, 128.0, [one, zero, None], 128, False, True
+    assert attention(qkv, None, 1, *how)[0].unique().tolist() == [6]
+
+
 def test_kernel_that_is_wrong_or_errs_is_not_taken(monkeypatch):
     from engine import triton_hopper
 
@@ -95,3 +129,13 @@ def test_kernel_that_is_wrong_or_errs_is_not_taken(monkeypatch):
     assert "wrong" in cuda_trial.hopper_trial(DEVICE)
     monkeypatch.setattr(triton_hopper, "linear", lambda *args: 1 / 0)
     assert "ZeroDivisionError" in cuda_trial.hopper_trial(DEVICE)
+
+
+def test_attention_that_is_wrong_is_not_taken(monkeypatch):
+    from engine import triton_hopper_attention
+
+    def of_other_tokens(*args, plain=triton_hopper_attention.attention):
+        return [part.roll(1, dims=1) for part in plain(*args)]
+
+    monkeypatch.setattr(triton_hopper_attention, "attention", of_other_tokens)
+    assert "wrong" in cuda_trial.hopper_trial(DEVICE)
