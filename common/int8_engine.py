@@ -1,7 +1,8 @@
 """A quant file as a model that computes on its codes: `04_sample.py --engine int8`.
 
-With `int8-folded` MRQ's two regions of fc2's inputs become one grid of 8 bits, where the product of
-such codes is exact: one product in place of two, and codes that are no longer the paper's.
+With `int8-folded` MRQ's two regions of fc2's inputs become one grid of 8 bits or, where a CPU is
+faster so, of less, if the product of such codes is exact: one product in place of two, and codes
+that are no longer the paper's.
 """
 
 from collections import Counter
@@ -99,8 +100,11 @@ class Int8Engine:
         """The quantizer of the inputs, after GELU folded if that is asked for and exact; how."""
         if not isinstance(act, GeluQuantizer):
             return act, ""
-        if self.name == "int8-folded" and not self.why_not(v, folded(act)):
-            return folded(act), "folded to 8 bits, one product"
+        if self.name == "int8-folded":
+            bits = 8 if self.on_cuda else cpu_products.input_bits(v, act.bits)
+            grid = folded(act, bits)
+            if not self.why_not(v, grid):
+                return grid, f"folded to {bits} bits, one product"
         return act, "exact, two products" + ", with --dtype bf16 one of values" * self.on_cuda
 
     def float_layer(self, state, reason):

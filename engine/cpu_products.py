@@ -18,6 +18,7 @@ from quant_ops import GeluQuantizer, UniformQuantizer, gelu_region, quantize
 EXACT = 2**31 - 1  # the sum of any two products of codes is held
 SATURATING = 2**15 - 1  # pairs of products are added in 16 bits
 AVX2 = "engine/avx2.c"
+LONG = 8  # a run that is almost as fast as the longest
 ENOUGH = 256  # inputs of a layer, from which packing its candidates is worth it
 
 
@@ -29,6 +30,16 @@ def pack(weight: Tensor, highest: int, run_of=avx2.longest_run) -> tuple[Tensor,
         if run > 1:
             return avx2.pack(weight), run
     return torch.ops.onednn.qlinear_prepack(weight, None), 0
+
+
+def input_bits(weight: Tensor, fewest: int) -> int:
+    """The most bits, `fewest` to 8, of inputs that this CPU multiplies fast with int8 codes (O, I):
+    by avx2.c as many as leave a LONG run, if any do, else 8."""
+    if whose() == AVX2 and avx2.takes(weight):
+        for bits in range(8, fewest - 1, -1):
+            if avx2.longest_run(weight, 2**bits - 1) >= LONG:
+                return bits
+    return 8
 
 
 def u8s8(codes, scale, zero_point, weight, run, w_scale, bias):

@@ -93,11 +93,12 @@ def why_not(v: Tensor, act: nn.Module) -> str:
     return ""
 
 
-def folded(act: GeluQuantizer) -> UniformQuantizer:
-    """The range of MRQ's two regions as one grid of 8 bits, so that the layer is one product, on
-    other codes than the paper's."""
+def folded(act: GeluQuantizer, bits: int = 8) -> UniformQuantizer:
+    """The range of MRQ's two regions as one grid of so many bits, so that the layer is one product,
+    on other codes than the paper's."""
     half = 2 ** (act.bits - 1)
-    return UniformQuantizer(8, *qparams_from_range(-half * act.scale1, (half - 1) * act.scale2, 8))
+    ends = -half * act.scale1, (half - 1) * act.scale2
+    return UniformQuantizer(bits, *qparams_from_range(*ends, bits))
 
 
 class Int8Linear(nn.Module):

@@ -190,7 +190,11 @@ def test_folded_grid_covers_both_regions():
     act = quantizer("gelu", 6, torch.tensor([1.0, 1.5, 0.7]))
     ends = torch.stack([-32 * act.scale1, 31 * act.scale2])
     whole, group = e.folded(act), torch.arange(3)
-    assert whole.bits == 8 and torch.equal(whole.zero_point, (-ends[0] / whole.scale).round())
+    assert (
+        e.folded(act, 7).bits == 7
+        and whole.bits == 8
+        and torch.equal(whole.zero_point, (-ends[0] / whole.scale).round())
+    )
     torch.testing.assert_close(whole.scale, (ends[1] - ends[0]) / 255)
     for x in ends:
         assert ((whole(2 * x, group) - x).abs() <= 0.501 * whole.scale).all()
@@ -209,7 +213,8 @@ def test_folded_layer_is_one_product_on_that_grid(w_bits, a_bits, groups, monkey
     layer = engine.make_layer(state_of(weight, Q_W, act, smooth=smooth))
     monkeypatch.setattr(e, "int8_product", lambda *args: calls.append(1) or product(*args))
     found = layer(x, groups)
-    expected = F.linear(e.folded(act)(x / smooth, groups).double(), Q_W(weight).double())
+    grid = e.folded(act, layer.act.bits)
+    expected = F.linear(grid(x / smooth, groups).double(), Q_W(weight).double())
     expected += layer.bias.double()
     assert (found - expected).abs().max() < 1e-6 * expected.abs().max() and len(calls) == 1
     assert "1 of them after GELU (MRQ folded" in engine.describe()
@@ -228,6 +233,19 @@ def test_what_cannot_be_folded_exactly_stays_mrq(monkeypatch, limit, how):
     layer = engine.make_layer(state)
     assert type(layer.act) is (q.GeluQuantizer if how == "exact" else q.UniformQuantizer)
     assert engine.on_integers == 1 and f"1 of them after GELU (MRQ {how}" in engine.describe()
+
+
+@needs_product
+@pytest.mark.parametrize("code, a_bits, by_avx2", [(7, 8, 8), (15, 6, 7), (31, 6, 6), (64, 6, 8)])
+def test_codes_after_gelu_have_bits_that_the_product_is_fast_at(monkeypatch, code, a_bits, by_avx2):
+    """By avx2.c the most that leave runs of eight sums of two products, MRQ's at the least: 2 x 15
+    x 127 x 8 < 2^15 < 2 x 15 x 255 x 8. Where none do, and by oneDNN, 8."""
+    act = quantizer("gelu", a_bits, torch.tensor(1.0))
+    weight = torch.full((32, 64), code, dtype=torch.int8)
+    for whose, bits in (cpu_products.AVX2, by_avx2), ("oneDNN", 8):
+        monkeypatch.setattr(cpu_products, "whose", lambda whose=whose: whose)
+        grid, how = Int8Engine("int8-folded").fold(weight, act)
+        assert grid.bits == bits and how == f"folded to {bits} bits, one product"
 
 
 @needs_product
