@@ -112,7 +112,7 @@ def attention(
     if hopper:
         from engine import triton_hopper_attention as on_hopper
 
-        if on_hopper.takes(qkv.shape[1], qkv.shape[2] // (3 * heads)):
+        if on_hopper.takes(qkv, heads):
             kernel = on_hopper.attention
     with torch.cuda.device_of(qkv):
         return kernel(qkv, group, heads, scales, softmax, levels, then, half, with_sums)

@@ -2,8 +2,8 @@
 lower level of Triton.
 
 All scores of 64 queries stay in registers, so they are made once, and softmax once. A program has a
-head: the copy engine brings its k and v into shared memory, and its queries two tiles ahead. Two
-programs share a multiprocessor: while one multiplies, the other makes a softmax.
+head: the copy engine brings its k and v into shared memory, and its queries two tiles ahead. Where
+two programs fit on a multiprocessor, one multiplies while the other makes a softmax.
 """
 
 import torch
@@ -16,26 +16,29 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from engine.triton_hopper_tiles import buffer, fetch, scores, weighted
 from engine.triton_kernels import MAGIC, clip_round, low_byte, split
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the one from Triton 3.7 on
 TOKENS = 128, 256  # scores of a query: more do not fit in registers
 QUERIES, SLOTS = 64, 2  # of a tile; tiles in shared memory
 LOG2E = gl.constexpr(1.4426950408889634)
-UP = gl.constexpr(1.0 + 2.0**-22)  # so that what lies half-way goes up
+UP = gl.constexpr(1.0 + 2.0**-22)  # what lies half-way between two levels goes up
 
 
-def takes(tokens: int, width: int) -> bool:
-    """Whether heads of this size are the kernel's."""
-    return tokens in TOKENS and width % 8 == 0  # the copy engine's rows are of 16 bytes
+def takes(qkv: torch.Tensor, heads: int) -> bool:
+    """Whether the kernel takes these heads: the copy engine's rows are of 16 bytes, and more than
+    96 columns are not sure to fit."""
+    tokens, width = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    return qkv.dtype == torch.bfloat16 and tokens in TOKENS and width in range(8, 97, 8)
 
 
 @gluon.jit
 def quarters(x):
-    """(M, S) as (M, 4, S / 4): sums have four chains of additions in place of one."""
+    """(M, S) as (M, 4, S / 4): no long chain of additions, or of comparisons, is left."""
     return x.reshape([x.shape[0], 4, x.shape[1] // 4])
 
 
 @gluon.jit
-def softmax(s, factor):
-    """exp(s factor) over the largest of its row, and the sum of each row, as yet undivided."""
+def exponentials(s, factor):
+    """2^(s factor) over the largest of its row, and the sum of each row."""
     rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     highest = gl.convert_layout(gl.max(gl.max(quarters(s), axis=1), axis=1), rows) * factor
     e = gl.exp2(gl.fma(s, factor, -highest[:, None]))
@@ -45,7 +48,8 @@ def softmax(s, factor):
 @gluon.jit
 def mrq(e, total, scale1, levels):
     """`triton_attention.mrq` of e / total. What R1 does not reach is R2's. Where a gap lies between
-    them, what R2 rounds to 0 is R1's end; half of R2's first level, their border, goes up."""
+    them, what R2 rounds to 0 is R1's end. Half a level of R2 goes up: the first one's is their
+    border."""
     inverse, end = 1.0 / total, (levels - 1.0) * scale1
     by1, by2 = MAGIC * scale1, MAGIC / levels
     lower = gl.fma(e, inverse[:, None], by1) - by1
@@ -78,7 +82,7 @@ def store_codes(
         codes = gl.convert_layout(codes, wide)
     rows = gl.arange(0, R, gl.SliceLayout(1, codes.type.layout))[:, None]
     columns = first + gl.arange(0, O, gl.SliceLayout(0, codes.type.layout))[None, :]
-    gl.store(out + rows * by_row + columns, codes, (columns < WIDTH) & (rows < R))
+    gl.store(out + rows * by_row + columns, codes, columns < WIDTH)
 
 
 @gluon.jit
@@ -114,9 +118,9 @@ def attention_kernel(
         mbarrier.wait(q[2].index(slot), (tile // SLOTS) & 1)
         s = scores(q, slot, k, SPLIT)
         if ahead < S:
-            gl.thread_barrier()  # all warps are done with the slot
+            barrier()  # all warps are done with the slot
             fetch(q, slot, of_q, of_q2, head, row + ahead)
-        e, total = softmax(s, factor)
+        e, total = exponentials(s, factor)
         p = mrq(e, total, s_1, levels).to(of_q.dtype)
         mbarrier.wait(v[2].index(0), 0)
         x, to = weighted(p, v[0]), out + tile * M * D
