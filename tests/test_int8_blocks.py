@@ -169,14 +169,15 @@ def test_softmax_on_the_border_of_its_regions():
 
 
 @pytest.mark.parametrize("tokens, width, dtype, taken", [
-    (256, 72, torch.bfloat16, True), (128, 96, torch.bfloat16, True), (64, 72, torch.bfloat16, False),
-    (1024, 72, torch.bfloat16, False), (256, 76, torch.bfloat16, False),
-    (256, 104, torch.bfloat16, False), (256, 72, torch.float32, False),
+    (256, 72, "bfloat16", True), (128, 96, "bfloat16", True), (64, 72, "bfloat16", False),
+    (1024, 72, "bfloat16", False), (256, 76, "bfloat16", False), (256, 104, "bfloat16", False),
+    (256, 72, "float32", False),
 ])  # fmt: skip
 def test_heads_that_hopper_s_attention_takes(tokens, width, dtype, taken):
     """Whose scores fit in registers, and whose columns the copy engine and shared memory take."""
     kernel = pytest.importorskip("engine.triton_hopper_attention", exc_type=ImportError)
-    assert kernel.takes(torch.empty(2, tokens, 3 * 2 * width, dtype=dtype), 2) == taken
+    qkv = torch.empty(2, tokens, 3 * 2 * width, dtype=getattr(torch, dtype))
+    assert kernel.takes(qkv, 2) == taken
 
 
 @pytest.mark.parametrize("change", [
