@@ -233,16 +233,18 @@ def draw_line(ax, method, at, found):
     return at[-1], y[-1]
 
 
-def name_lines(ax, ends, right):
-    """The names of lines that end at these points, to their right, where none hides another."""
+def name_lines(ax, ends, at, gap):
+    """The names of lines that end at these points, from `at` on, where none hides another; a gap
+    before each."""
     bottom, top = height(ax.get_ylim())
     places = height([y for _, y in ends.values()])
     places = spread_out(places, 0.05 * (top - bottom))
-    places = ratio_at(places - max(places.max() - top, 0))
+    places -= max(places.max() - top, 0)
+    places = ratio_at(places + max(bottom + 0.02 * (top - bottom) - places.min(), 0))
     for (method, (x, y)), place in zip(ends.items(), places, strict=True):
         color = STYLES[method][0]
-        ax.plot([x, right - 0.03], [y, place], color=color, lw=0.8, clip_on=False)
-        ax.text(right, place, METHODS[method].label, va="center", size=9.5)
+        ax.plot([x, at - gap], [y, place], color=color, lw=0.8, clip_on=False)
+        ax.text(at, place, METHODS[method].label, va="center", size=9.5)
 
 
 def draw(comparison, found):
@@ -258,12 +260,15 @@ def draw(comparison, found):
         if here:
             at = np.array([*here]) + 0.03 * (i - (len(STYLES) - 1) / 2)  # bars beside each other
             ends[method] = draw_line(ax, method, at, [found[m] for m in here.values()])
-    ax.axhline(1, color=INK, lw=0.8, zorder=1)
+    left, names_at = -0.3, len(widths) - 0.68
+    right = left + (names_at - left) / 0.79  # a fifth is for the names
+    gap = 0.007 * (right - left)
+    ax.hlines(1, left, names_at - gap, color=INK, lw=0.8, zorder=1)
     low, high = ax.get_ylim()
-    ax.set(xlim=(-0.3, len(widths) + 0.15), ylim=(low, high), ylabel="FD(demo) / full precision's")
+    ax.set(xlim=(left, right), ylim=(low, high), ylabel="FD(demo) / full precision's")
     ax.set_yticks([tick for tick in TICKS if low <= tick <= high])
     ax.yaxis.set_major_formatter("{x:g}")
     names = [f"{width(b)}\nN = {comparison.num_images(b)}" for b in widths]
     ax.set_xticks(range(len(widths)), names)
-    name_lines(ax, ends, len(widths) - 0.68)
+    name_lines(ax, ends, names_at, gap)
     return fig

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, parsed, run_in_process
+from matplotlib.figure import Figure
 from PIL import Image
 
 from common.errors import InputError
@@ -430,6 +431,18 @@ def test_names_are_moved_apart_in_their_order():
     assert np.argsort(moved).tolist() == [1, 3, 2, 0]
     assert np.diff(np.sort(moved)).min() >= 0.5 - 1e-12
     assert compare_page.spread_out([0.0, 9.0], 0.5).tolist() == [0.0, 9.0]
+
+
+@pytest.mark.parametrize("ratios", [(1.0, 1.001), (1.19, 1.199)])
+def test_names_stay_beside_the_axis(ratios):
+    """Of many methods at its lower end, or at its upper one."""
+    ax = Figure().subplots()
+    ax.set_yscale("function", functions=(compare_page.height, compare_page.ratio_at))
+    ax.set_ylim(0.99, 1.2)
+    ends = {method: (0, ratios[i % 2]) for i, method in enumerate(METHODS)}
+    compare_page.name_lines(ax, ends, 1, 0.1)
+    assert len(ax.texts) == len(METHODS)
+    assert all(0.99 < text.get_position()[1] < 1.2 + 1e-9 for text in ax.texts)
 
 
 def test_picture_has_a_line_and_a_name_for_every_method(made, tmp_path):
