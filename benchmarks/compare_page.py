@@ -1,4 +1,4 @@
-"""The section and the picture of methods.md that compare.py writes."""
+"""The section of methods.md that compare.py writes, and the pictures of FD ratios by width."""
 
 import textwrap
 
@@ -247,10 +247,25 @@ def name_lines(ax, ends, at, gap):
         ax.text(at, place, METHODS[method].label, va="center", size=9.5)
 
 
-def draw(comparison, found):
+def most_images(results, steps):
+    """What results.json knows of the same layers' models, by Model: for each width the section with
+    the most images at this T."""
+    best = {}
+    for section in results.values():
+        for bits in WIDTHS.values():
+            rows = [row for row in section["rows"] if row.get("layers") == "released"]
+            rows = [row for row in rows if (*row["bits"],) == bits and row["steps"] == steps]
+            if rows and rows[0]["num_images"] >= best.get(bits, rows)[0]["num_images"]:
+                best[bits] = rows
+    return {Model(row["method"], bits): row for bits, rows in best.items() for row in rows}
+
+
+def draw(found):
     """FD ratio by width, a line a method, with intervals; each line's name stands at its end."""
     widths, ends = widths_of(found), {}
-    info = f"the same layers, T = {comparison.args.steps}; bars: 95 % intervals over the images; "
+    counts = {model.bits: of_it["num_images"] for model, of_it in found.items()}
+    steps = {of_it["steps"] for of_it in found.values()}.pop()
+    info = f"the same layers, T = {steps}; bars: 95 % intervals over the images; "
     info += "axis: linear near 1, logarithmic far from it"
     fig = canvas(5.2, "FD(demo) over full precision's, by bits of weights and activations", info)
     ax = fig.subplots()
@@ -268,7 +283,7 @@ def draw(comparison, found):
     ax.set(xlim=(left, right), ylim=(low, high), ylabel="FD(demo) / full precision's")
     ax.set_yticks([tick for tick in TICKS if low <= tick <= high])
     ax.yaxis.set_major_formatter("{x:g}")
-    names = [f"{width(b)}\nN = {comparison.num_images(b)}" for b in widths]
+    names = [f"{width(b)}\nN = {counts[b]}" for b in widths]
     ax.set_xticks(range(len(widths)), names)
     name_lines(ax, ends, names_at, gap)
     return fig

@@ -331,6 +331,7 @@ def made(tmp_path, monkeypatch):
     np.savez(comparison.run / "samples_fp.npz", meta=np.array(meta))
     numbers = dict(fd_ratio=1.2, fd_ratio_interval=[1.1, 1.3], psnr=30, psnr_interval=[29, 31])
     numbers |= dict(snr=35, mib=2, passes=12.3, peak_mib=400, unit_seconds=2.0, resumed=False)
+    numbers |= dict(steps=100, num_images=40)
     for method in METHODS:
         for model in (Model(method, bits) for bits in WIDTHS.values()):
             released[model] = numbers | dict(gradients=method == "tqdit", resumed=method == "ptqd")
@@ -445,15 +446,32 @@ def test_names_stay_beside_the_axis(ratios):
     assert all(0.99 < text.get_position()[1] < 1.2 + 1e-9 for text in ax.texts)
 
 
+def test_picture_of_all_sections_has_the_most_images_of_each_width():
+    """The same layers at this T alone; a section is not mixed with another."""
+
+    def section(bits, num_images, *methods, layers="released", steps=100):
+        one = dict(bits=[*bits], num_images=num_images, layers=layers, steps=steps)
+        return dict(rows=[one | dict(method=method) for method in methods] + [dict(model="fp")])
+
+    results = dict(
+        n40=dict(rows=[dict(model="w8a8")]),
+        few=section((8, 8), 100, "tqdit", "htg"), many=section((8, 8), 200, "tqdit"),
+        only=section((4, 4), 20, "qdit"), own=section((4, 4), 400, "qdit", layers="own"),
+        other=section((4, 8), 800, "qdit", steps=250),
+    )  # fmt: skip
+    found = compare_page.most_images(results, 100)
+    counts = {model: row["num_images"] for model, row in found.items()}
+    assert counts == {Model("tqdit", (8, 8)): 200, Model("qdit", (4, 4)): 20}
+
+
 def test_picture_has_a_line_and_a_name_for_every_method(made, tmp_path):
     """Colors of all methods in the file; a method at one width, or at none, does no harm."""
-    comparison, _, found = made
-    found = found["released"]
+    found = made[2]["released"]
     for i, model in enumerate(found):
         found[model] = found[model] | dict(fd_ratio=1.15 + 0.01 * i)
     found = {m: x for m, x in found.items() if m.method != "htg" or m.bits == (6, 6)}
     found = {m: x for m, x in found.items() if m.method != "ditas"}
-    figure = compare_page.draw(comparison, found)
+    figure = compare_page.draw(found)
     names = {text.get_text() for text in figure.axes[0].texts}
     assert names == {m.label for m in METHODS.values()} - {"DiTAS"}
     layer_error.save(tmp_path / "x.png", figure)
