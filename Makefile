@@ -31,7 +31,7 @@ bench-gpu: $(DEV)  ## layers, steps and phases on a GPU, quick ones first, into 
 	$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no GPU')"
 	mkdir -p runs && $(PY) -c "import torch; print('#', torch.cuda.get_device_name())" > benchmarks/results_gpu.md
 	$(PY) -m pytest -q -m gpu >> benchmarks/results_gpu.md
-	for f in "engine_layers.py --dtype bf16" "sampling.py --models xl --batch-size 64 --dtype bf16 --engines int8 int8-folded --rounds 7 --steps 2" "sampling.py --models demo xl"; do $(PY) benchmarks/$$f || exit; done >> benchmarks/results_gpu.md
+	for f in "engine_layers.py --dtype bf16" "sampling.py --models xl --blocks 4 --batch-size 64 --dtype bf16 --engines int8 int8-folded --rounds 7 --steps 4" "sampling.py --models xl --batch-size 64 --dtype bf16 --engines int8-folded --rounds 7 --steps 2" "sampling.py --models demo xl"; do $(PY) benchmarks/$$f || exit; done >> benchmarks/results_gpu.md
 	for f in "--depth 1" --no-layers "--no-layers --compile"; do $(PY) $(XL) $$f || exit; done >> benchmarks/results_gpu.md
 .venv/done .venv/dev: .venv/%: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -r requirements$(if $(filter dev,$*),-dev).txt && touch $@

@@ -2,7 +2,7 @@
 
 Runs 03_quantize.py and the scripts of methods/ on one calib.pt, samples every model and writes what
 it found into results.json, a section of methods.md and a picture, in --out; other sections stay.
-methods.png shows of every width the section with the most images.
+methods.png shows, for each width, the section with the most methods and images at this T.
 Progress is kept in --runs: a stopped sweep goes on where it was, a larger N adds images to those
 that are there. On a CPU each core works on a job of its own.
 

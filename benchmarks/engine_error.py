@@ -1,6 +1,6 @@
 """How well the engines of 04 keep eps: SNR on a run's validation rows, weighted by the sampler's
-sensitivity as in 03's report. Last, fake quantization with MRQ folded to 8 bits: what int8-folded
-has where this machine leaves layers in floating point.
+sensitivity as in 03's report. Last, fake quantization with MRQ folded to 8 bits, as int8-folded has
+it but for CPUs with AVX2 alone, which may take fewer.
 
     python benchmarks/engine_error.py --run runs/demo --models w8a8 w6a6
 """

@@ -1,7 +1,7 @@
 """A quant file as a model that computes on its codes: `04_sample.py --engine int8`.
 
 With `int8-folded` MRQ's two regions of fc2's inputs become one grid of 8 bits or, where a CPU is
-faster so, of less, if the product of such codes is exact: one product in place of two, and codes
+faster so, of fewer, if the product of such codes is exact: one product in place of two, and codes
 that are no longer the paper's.
 """
 

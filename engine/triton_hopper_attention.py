@@ -48,8 +48,8 @@ def exponentials(s, factor):
 @gluon.jit
 def mrq(e, total, scale1, levels):
     """`triton_attention.mrq` of e / total. What R1 does not reach is R2's. Where a gap lies between
-    them, what R2 rounds to 0 is R1's end. Half a level of R2 goes up: the first one's is their
-    border."""
+    them, what R2 rounds to 0 is R1's end. Half-way between levels R2 rounds up: half of its first
+    one is the border."""
     inverse, end = 1.0 / total, (levels - 1.0) * scale1
     by1, by2 = MAGIC * scale1, MAGIC / levels
     lower = gl.fma(e, inverse[:, None], by1) - by1

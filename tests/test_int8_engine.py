@@ -185,17 +185,14 @@ def test_model_of_a_quant_file_runs_on_integers(tiny_run):
 # --engine int8-folded
 
 
-def test_folded_grid_covers_both_regions():
-    """Both ends of MRQ's range, for each time group, to half a step of the 8-bit grid; and 0."""
+@pytest.mark.parametrize("bits", [8, 7, 6])
+def test_folded_grid_covers_both_regions(bits):
+    """Both ends of MRQ's range, for each time group, to half a step of the grid; and 0."""
     act = quantizer("gelu", 6, torch.tensor([1.0, 1.5, 0.7]))
     ends = torch.stack([-32 * act.scale1, 31 * act.scale2])
-    whole, group = e.folded(act), torch.arange(3)
-    assert (
-        e.folded(act, 7).bits == 7
-        and whole.bits == 8
-        and torch.equal(whole.zero_point, (-ends[0] / whole.scale).round())
-    )
-    torch.testing.assert_close(whole.scale, (ends[1] - ends[0]) / 255)
+    whole, group = e.folded(act, bits), torch.arange(3)
+    assert whole.bits == bits and torch.equal(whole.zero_point, (-ends[0] / whole.scale).round())
+    torch.testing.assert_close(whole.scale, (ends[1] - ends[0]) / (2**bits - 1))
     for x in ends:
         assert ((whole(2 * x, group) - x).abs() <= 0.501 * whole.scale).all()
     assert (whole(torch.zeros(3), group) == 0).all()
