@@ -59,9 +59,9 @@ class Int8Engine:
         self.attentions, self.whole = 0, False
         self.on_cuda = device.type == "cuda"
         self.why_not, self.linear = why_not, Int8Linear
-        self.no_triton = self.no_hopper = None
+        self.no_triton = self.no_hopper = self.no_attention = None
         if self.on_cuda:
-            self.no_triton, self.no_hopper = cuda_trial.kernels_of(device)
+            self.no_triton, self.no_hopper, self.no_attention = cuda_trial.kernels_of(device)
             self.why_not = partial(int8_cuda.why_not, device=device)
             by = dict(triton=not self.no_triton, hopper=self.no_hopper == "")
             self.linear = partial(int8_cuda.Int8LinearCUDA, **by)
@@ -117,7 +117,7 @@ class Int8Engine:
         for block in model.blocks if self.no_triton is None else ():
             block.mlp.act = Gelu()
         if self.no_triton == "":
-            self.attentions, self.whole = int8_blocks.fuse(model)
+            self.attentions, self.whole = int8_blocks.fuse(model, self.no_attention == "")
             self.reasons[PRODUCTS] -= 2 * self.attentions
         return model
 
@@ -129,7 +129,8 @@ class Int8Engine:
             line += f" by torch._int_mm ({self.no_triton})"
         elif self.on_cuda:
             line += " by Triton" + " for Hopper" * (self.no_hopper == "")
-            line += f" ({self.no_hopper})" if self.no_hopper else ""
+            missing = filter(None, (self.no_hopper, self.no_attention))
+            line += "".join(f" ({reason})" for reason in missing)
         elif self.products:
             line += f" by {' and '.join(self.products)}"
         for how, count in self.after_gelu.items():

@@ -20,11 +20,12 @@ LIMIT = 300  # seconds, compiling counted: a kernel may never end
 
 
 class Kernels(NamedTuple):
-    """What the trial found: why Triton's kernels are not taken, "" if they are; and why those for
-    Hopper are not, None where they were not tried."""
+    """What the trial found: why Triton's kernels are not taken, "" if they are; and why the product
+    and the attention for Hopper are not, None where they were not tried."""
 
     no_triton: str
     no_hopper: str | None
+    no_attention: str | None
 
 
 @cache
@@ -42,7 +43,7 @@ def kernels_of(device: torch.device) -> Kernels:
 def read(text):
     """What `main` said, as Kernels."""
     said = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
-    return Kernels(said.get("triton", "Triton failed"), said.get("hopper"))
+    return Kernels(said.get("triton", "Triton failed"), said.get("hopper"), said.get("attention"))
 
 
 def main(device):
@@ -50,8 +51,9 @@ def main(device):
     why_not = trial(device)
     print("triton:", why_not, flush=True)
     if not why_not and on_hopper(device):
-        print("hopper: a kernel for Hopper failed", flush=True)  # it may not come further
-        print("hopper:", hopper_trial(device))
+        for name, ask in ("hopper", product_trial), ("attention", attention_trial):
+            print(f"{name}: a kernel for Hopper failed", flush=True)  # it may not come further
+            print(f"{name}:", ask(device), flush=True)
 
 
 def trial(device):
@@ -72,15 +74,22 @@ def on_hopper(device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def hopper_trial(device):
-    """Why kernels for Hopper should not be taken: what they give is known, or is Triton's."""
+def product_trial(device):
+    """Why the product for Hopper should not be taken: what it gives is known, or is Triton's."""
+    return _of_hopper("product", device, _exact_product, _same_product)
+
+
+def attention_trial(device):
+    """The same of the attention for Hopper."""
+    return _of_hopper("attention", device, _exact_attention, _same_attention)
+
+
+def _of_hopper(kernel, device, is_exact, is_same):
     try:
-        if not (_exact_product(device, True) and _same_product(device)):
-            return "the product for Hopper is wrong here"
-        right = _exact_attention(device, True) and _same_attention(device)
-        return "" if right else "the attention for Hopper is wrong here"
+        right = is_exact(device, hopper=True) and is_same(device)
+        return "" if right else f"the {kernel} for Hopper is wrong here"
     except Exception as error:  # as above
-        return f"a kernel for Hopper failed, {type(error).__name__}"
+        return f"the {kernel} for Hopper failed, {type(error).__name__}"
 
 
 def _exact(device):

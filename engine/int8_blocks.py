@@ -44,8 +44,10 @@ MAX_WIDTH = 96  # of a head: more does not fit every GPU's shared memory
 class Int8Attention(nn.Module):
     """`models_dit.Attention` with all between the products of qkv and proj in one kernel."""
 
-    def __init__(self, attn):
+    def __init__(self, attn, hopper=False):
+        """`hopper`: whether with the kernel for such GPUs, where it takes these heads."""
         super().__init__()
+        self.hopper = hopper
         self.qkv, self.qk, self.av, self.proj = attn.qkv, attn.qk, attn.av, attn.proj
         self.num_heads, D = attn.num_heads, attn.proj.weight.shape[1]
         factor = (D // attn.num_heads) ** -0.5  # of q
@@ -89,7 +91,7 @@ class Int8Attention(nn.Module):
         softmax = av.a.scale1, 2.0 ** (av.a.bits - 1)
         then = [proj.act.scale, proj.zero_point, proj.smooth], proj.half
         with_sums = proj.correction is not None
-        how = *softmax, *then, with_sums, proj.hopper
+        how = *softmax, *then, with_sums, self.hopper
         return attention(steps, group, self.num_heads, scales, *how)
 
 
@@ -118,15 +120,15 @@ class Int8Blocks(nn.Module):
         return x, block.mlp.of_codes(codes, [sums], group), gate_mlp
 
 
-def fuse(model):
+def fuse(model, hopper=False):
     """Replaces parts of the model by such as do several things in one kernel; how many attentions
-    are among them, and whether all blocks are."""
+    are among them, and whether all blocks are. `hopper` is that of `Int8Attention`."""
     for block in model.blocks:
         fc1, fc2 = block.mlp.fc1, block.mlp.fc2
         if fuses_uniform(fc1) and fuses(fc2):
             block.mlp = Int8Mlp(fc1, fc2)
         if Int8Attention.takes(block.attn):
-            block.attn = Int8Attention(block.attn)
+            block.attn = Int8Attention(block.attn, hopper)
     attentions = [block for block in model.blocks if isinstance(block.attn, Int8Attention)]
     mlps = [block for block in model.blocks if isinstance(block.mlp, Int8Mlp)]
     whole = len(attentions) == len(mlps) == len(model.blocks)

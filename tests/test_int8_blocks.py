@@ -28,7 +28,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(e, "has_int_unit", lambda device: True)
 
     def has(triton):
-        kernels = cuda_trial.Kernels("" if triton else "Triton is missing", None)
+        kernels = cuda_trial.Kernels("" if triton else "Triton is missing", None, None)
         monkeypatch.setattr(cuda_trial, "kernels_of", lambda device: kernels)
 
     return has
@@ -228,7 +228,7 @@ def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
     kernels = pytest.importorskip("engine.triton_kernels", exc_type=ImportError)
     ask = cuda_trial.trial
     found = cuda_trial.kernels_of.__wrapped__(DEVICE)  # first where a fault does no harm
-    assert found == ("", "" if cuda_trial.on_hopper(DEVICE) else None)
+    assert found == ("", *["" if cuda_trial.on_hopper(DEVICE) else None] * 2)
     assert ask(DEVICE) == ""
     for name in "norm_codes", "attention":  # each returns codes, among others
         with monkeypatch.context() as patch:
@@ -243,11 +243,11 @@ def test_triton_that_fails_or_errs_is_not_taken(monkeypatch):
 
 
 @pytest.mark.parametrize("command, kernels", [
-    ("os.abort()", ("Triton failed", None)),
-    ("print('noise: 1'); print('triton: why')", ("why", None)),
-    ("print('triton: \\nhopper: no', flush=True); os.abort()", ("", "no")),
-    ("print('triton: \\nhopper: no', flush=True); time.sleep(60)", ("", "no")),
-    ("print('triton: \\nhopper: no\\nhopper: ')", ("", "")),
+    ("os.abort()", ("Triton failed", None, None)),
+    ("print('noise: 1'); print('triton: why')", ("why", None, None)),
+    ("print('triton: \\nhopper: no', flush=True); os.abort()", ("", "no", None)),
+    ("print('triton: \\nhopper: no', flush=True); time.sleep(60)", ("", "no", None)),
+    ("print('triton: \\nhopper: no\\nhopper: \\nattention: no')", ("", "", "no")),
 ])  # fmt: skip
 def test_trial_is_a_process_of_its_own(monkeypatch, command, kernels):
     """What it says counts; one that dies, or never ends, takes nothing along."""
@@ -262,11 +262,13 @@ def test_trial_is_a_process_of_its_own(monkeypatch, command, kernels):
     assert cuda_trial.kernels_of.__wrapped__(torch.device("cuda:7")) == kernels
 
 
-@pytest.mark.parametrize("no_hopper, says", [
-    (None, "by Triton;"), ("", "by Triton for Hopper;"), ("it failed", "by Triton (it failed);"),
+@pytest.mark.parametrize("no_hopper, no_attention, says", [
+    (None, None, "by Triton;"), ("", "", "by Triton for Hopper;"),
+    ("it failed", "", "by Triton (it failed);"), ("", "no", "by Triton for Hopper (no);"),
 ])  # fmt: skip
-def test_line_says_whose_kernels_they_are(monkeypatch, no_hopper, says):
-    monkeypatch.setattr(cuda_trial, "kernels_of", lambda device: cuda_trial.Kernels("", no_hopper))
+def test_line_says_whose_kernels_they_are(monkeypatch, no_hopper, no_attention, says):
+    kernels = cuda_trial.Kernels("", no_hopper, no_attention)
+    monkeypatch.setattr(cuda_trial, "kernels_of", lambda device: kernels)
     engine = int8_engine.Int8Engine("int8", torch.device("cuda"))
     engine.reasons["convolution"] = 1
     assert says in engine.describe()

@@ -123,12 +123,12 @@ def test_softmax_on_the_border_of_its_regions():
 def test_kernel_that_is_wrong_or_errs_is_not_taken(monkeypatch):
     from engine import triton_hopper
 
-    assert cuda_trial.hopper_trial(DEVICE) == ""
+    assert cuda_trial.product_trial(DEVICE) == ""
     plain = triton_hopper.linear
     monkeypatch.setattr(triton_hopper, "linear", lambda *args: plain(*args) + 1)
-    assert cuda_trial.hopper_trial(DEVICE) == "the product for Hopper is wrong here"
+    assert cuda_trial.product_trial(DEVICE) == "the product for Hopper is wrong here"
     monkeypatch.setattr(triton_hopper, "linear", lambda *args: 1 / 0)
-    assert "ZeroDivisionError" in cuda_trial.hopper_trial(DEVICE)
+    assert "ZeroDivisionError" in cuda_trial.product_trial(DEVICE)
 
 
 def test_attention_that_is_wrong_is_not_taken(monkeypatch):
@@ -138,4 +138,5 @@ def test_attention_that_is_wrong_is_not_taken(monkeypatch):
         return [part.roll(1, dims=1) for part in plain(*args)]
 
     monkeypatch.setattr(triton_hopper_attention, "attention", of_other_tokens)
-    assert cuda_trial.hopper_trial(DEVICE) == "the attention for Hopper is wrong here"
+    assert cuda_trial.attention_trial(DEVICE) == "the attention for Hopper is wrong here"
+    assert cuda_trial.product_trial(DEVICE) == ""
