@@ -267,7 +267,7 @@ def draw(found):
     """FD ratio by width, a line a method, with intervals; each line's name stands at its end."""
     widths, ends = widths_of(found), {}
     counts = {model.bits: of_it["num_images"] for model, of_it in found.items()}
-    steps = {of_it["steps"] for of_it in found.values()}.pop()
+    steps = next(iter(found.values()))["steps"]
     info = f"the same layers, T = {steps}; bars: 95 % intervals over the images; "
     info += "axis: linear near 1, logarithmic far from it"
     fig = canvas(5.2, "FD(demo) over full precision's, by bits of weights and activations", info)

@@ -181,7 +181,8 @@ def _same_attention(device):
     for tokens, width in (256, 72), (128, 64):
         size = 20, tokens, 3 * 16 * width
         qkv = torch.randint(-128, 128, size, generator=draw).bfloat16().to(device)
-        then = torch.tensor([0.2, 0.3]), torch.tensor([-3, 5]).int(), torch.rand(16 * width) + 0.5
+        smooth = torch.rand(16 * width, generator=draw) + 0.5
+        then = torch.tensor([0.2, 0.3]), torch.tensor([-3, 5]).int(), smooth
         how = scale1, 128.0, [x.to(device) for x in then], 128, True
         scales = [0.006 * one, 0.005 * one, one]
         triton, hopper = (attention(qkv, group, 16, scales, *how, by) for by in (False, True))
