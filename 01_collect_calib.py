@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.artifacts import Parts, is_up_to_date, provenance, save_artifact, sha256_of
+from common.artifacts import is_up_to_date, load_hashed, provenance, save_artifact
 from common.checkpoints import check_model, find_checkpoint, load_dit
 from common.cli import Parser, at_least, run_script, whole_number
 from common.errors import InputError
+from common.parts import Parts
 from common.trajectories import STREAM, draw_labels
 from models_dit import TRAIN_TIMESTEPS, Diffusion, DiT_models, image_generators, trajectory
 from quant_ops import time_group
@@ -116,14 +117,16 @@ def main(args):  # Alg. 1 line 3
     check(args)
     size = args.image_size or 256
     ckpt = find_checkpoint(args.ckpt, args.model, size)
-    model, config = load_dit(ckpt, args.num_heads, size // 8)  # 8: the VAE's
+    how = args.num_heads, size // 8  # 8: the VAE's
+    (model, config), digest = load_hashed(ckpt, lambda path: load_dit(path, *how))
     check_model(config, args.model, args.vae, args.image_size)
     settings = {key: getattr(args, key) for key in SETTINGS} | dict(ckpt=str(ckpt), config=config)
-    head = provenance("calib", settings, {"checkpoint": sha256_of(ckpt)}, args.device)
+    head = provenance("calib", settings, {"checkpoint": digest}, args.device)
     path = args.run / "calib.pt"
     parts = Parts(path, head, args.batch_size)
     if is_up_to_date(path, head, args.force):
         return parts.clear()  # a run killed after its last write left them
+    parts.claim()
     labels, rng = draw_labels(settings, config["num_classes"])
     null = config["num_classes"] if args.cfg_scale != 1 else None
     used, spare = np.split(np.arange(len(labels)), [args.trajectories])

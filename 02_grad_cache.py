@@ -16,10 +16,11 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
-from common.artifacts import Parts, atomic_write, check_place, is_up_to_date, provenance
+from common.artifacts import atomic_write, check_place, is_up_to_date, provenance
 from common.checkpoints import load_calib, load_calibrated
 from common.cli import Parser, at_least, run_script, whole_number
 from common.offload import in_batches, next_inputs, unit_on, units, units_of
+from common.parts import Parts
 from common.report import print_peak
 from models_dit import Diffusion, draw_noise, explicit_products, image_generators
 
@@ -81,6 +82,16 @@ def start_backward(model, eps, parts, batch_size, device):
     parts.save("grad_final", [*grad, torch.zeros_like(c)])
 
 
+def can_resume(parts, files):
+    """Whether a killed run's backward pass can go on, from the gradient that it kept last; if files
+    that it had written are gone, its gradients go too."""
+    kept = [i for i, file in enumerate(files) if parts.has(f"grad_{file.stem}")]
+    resumes = bool(kept) and all(file.exists() for file in files[kept[0] + 1 :])
+    for i in kept if not resumes else ():
+        parts.remove(f"grad_{files[i].stem}")
+    return resumes
+
+
 def backward_pass(model, folder, parts, head, batch_size, device):
     """Alg. 1 line 12: write the file of every unit, the last first; each hands its gradient on."""
     names = list(units(model))
@@ -120,9 +131,10 @@ def main(args):  # Alg. 1 line 9
         check_place(file)
     rows, diffusion = calib["calibration"], Diffusion(calib["settings"]["steps"])
     eps, x_t = noise_and_inputs(rows, diffusion, args.eps, calib["settings"]["seed"])
+    parts.claim()
     parts.clear(others_only=True)  # whose unit files this run is about to replace
     last.unlink(missing_ok=True)
-    if not any(parts.has(f"grad_{name}") for name in units(model)):
+    if not can_resume(parts, files):
         inputs = [x_t, diffusion.timestep_map[rows["t"]], rows["y"]]
         forward_pass(model, inputs, parts, *batches)
         start_backward(model, eps, parts, *batches)

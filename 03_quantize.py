@@ -55,7 +55,7 @@ def parse_args():
     p.ours.add_argument("--layers", choices=("released", "all"), default="released", help="D6")
     granularity = ("channel", "tensor")
     p.ours.add_argument("--weight-granularity", choices=granularity, default="channel", help="D5")
-    p.ours.add_argument("--rows", type=whole_number, help="search on this many rows, spread over t")
+    p.ours.add_argument("--rows", type=whole_number, help="search on about so many, spread over t")
     p.ours.add_argument("--tag", default="", help="names the file quant_wXaY_TAG.pt")
     p.add_search_flags()
     return p.parse_args()

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from common.artifacts import Parts, provenance, sha256_of
+from common.artifacts import load_hashed, provenance
 from common.checkpoints import check_labels, load_calib, load_calibrated
 from common.cli import Parser, at_least, check_bits, check_tag, model_name, run_script, whole_number
 from common.distributed import join_process_group
@@ -24,6 +24,7 @@ from common.errors import InputError
 from common.images import samples_up_to_date, save_samples, to_uint8
 from common.int8_engine import build, compile_mode
 from common.noise_correction import make_diffusion
+from common.parts import Parts
 from common.quant_file import load_quant, table_at
 from common.vae import load_vae, local_vae
 from models_dit import TRAIN_TIMESTEPS, image_generators, trajectory
@@ -82,12 +83,12 @@ def full_precision(run):
 
 def quantized(path, num_timesteps, engine, device):
     """The model of a quant file, how it is to be sampled, what it came from, its bytes."""
-    artifact = load_quant(path)
+    artifact, digest = load_hashed(path, load_quant)
     model = build(artifact, path, engine, device)
     sampling = artifact["settings"]["sampling"] | dict(noise=artifact.get("noise"))
     if num_timesteps:
         model.group_table = table_at(artifact, num_timesteps)
-    return model, sampling, artifact["inputs"] | {"quant": sha256_of(path)}, os.path.getsize(path)
+    return model, sampling, artifact["inputs"] | {"quant": digest}, os.path.getsize(path)
 
 
 @torch.no_grad()
@@ -122,9 +123,8 @@ def main(args):
     parts = Parts(path, head, args.batch_size)
     if samples_up_to_date(path, head, args.force):
         return parts.clear()  # a run killed after its last write left them
-    vae = None
-    if settings["vae"] != "none":
-        vae = load_vae(settings["vae"], args.vae_path).to(device)
+    vae = settings["vae"]
+    vae = None if vae == "none" else load_vae(vae, args.vae_path).to(device)
     diffusion = make_diffusion(sampling.get("noise"), settings["steps"], device)  # PTQD's, or plain
     model = model.to(device)
     if args.compile:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.artifacts import FORMAT, Parts, atomic_write, sha256_of
+from common.artifacts import FORMAT, atomic_write, sha256_of
 from common.cli import Parser, at_least, run_script, whole_number
 from common.distributed import join_process_group
 from common.errors import InputError
@@ -30,6 +30,7 @@ from common.feature_networks import check_fit, load_network, run_network
 from common.images import save_rows
 from common.inception import INCEPTION, INCEPTION_SHA
 from common.metrics import coverage, frechet_distance, inception_score, moments, psnr
+from common.parts import Parts
 from common.score_files import (
     NAMES, STATISTICS, digest_of, read_reference, read_rows, read_samples,
 )  # fmt: skip
@@ -37,7 +38,7 @@ from common.score_files import (
 ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # known by name: we know no sha256 of it
 PAPER = dict(  # Tables I and II; the guidance is the authors' release's (D16)
     num_images=[10_000], size=[(256, 256)], steps=[250, 100], cfg_scale=[1.5], cfg_channels=[3],
-    classes=[None], vae=["mse"], dtype=["fp32"],
+    classes=[None], vae=["mse"], dtype=["fp32"], engine=["float", "int8"],
 )  # fmt: skip
 TWIN_SETTINGS = ("num_images", "first", "seed", "steps", "cfg_scale", "cfg_channels", "vae")
 TWIN_INPUTS = "checkpoint", "vae"
@@ -116,7 +117,7 @@ def score(file, samples, made, reference, head):
     real = torch.as_tensor(reference.get("features", ())).to(ours.device)
     row |= dict(precision=coverage(ours, real), recall=coverage(real, ours))
     row["psnr"], row["note"] = compare(samples, file, file.with_name("samples_fp.npz"))
-    settings = {"name": file.stem.removeprefix("samples_")} | samples["settings"]
+    settings = samples["settings"] | {"name": file.stem.removeprefix("samples_")}
     row |= {key: settings.get(key) for key in ("name", "seed", "steps", "cfg_scale")}
     row |= {key: samples[key] for key in ("inputs", "model_bytes")}
     row["num_images"] = len(samples["arr_0"])
@@ -217,6 +218,8 @@ def score_run(args, files, group):
     for head in todo:
         file = args.run / head["file"]
         samples = read_samples(file)
+        if digest_of(file) != head["samples_sha256"]:
+            raise InputError(f"{file} was replaced meanwhile: run again")
         made = extract(network, samples["arr_0"], head, *how)
         if group.rank == 0:
             new = score(file, samples, made, reference, head)

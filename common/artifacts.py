@@ -7,9 +7,7 @@ beside its place and renamed, so nothing is ever half written.
 import errno
 import hashlib
 import io
-import json
 import os
-import shutil
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 
 from common.errors import InputError, memory_errors, reading
 from common.schemas import FORMAT, check_artifact
-from common.source import git_commit, source_digest
+from common.source import git_commit
 
 
 def sha256_of(path):
@@ -62,8 +60,22 @@ def atomic_write(path):
         cause = raw.failure if raw is not None and raw.failure else error
         if not isinstance(cause, OSError):
             raise
-        advice = "; free some disk space and run again" if cause.errno == errno.ENOSPC else ""
-        raise InputError(f"cannot write {path}: {cause.strerror}{advice}") from error
+        raise cannot_write(path, cause) from error
+
+
+def cannot_write(path, error):
+    """The InputError that tells of this OSError."""
+    advice = "; free some disk space and run again" if error.errno == errno.ENOSPC else ""
+    return InputError(f"cannot write {path}: {error.strerror}{advice}")
+
+
+def load_hashed(path, load):
+    """(What `load` makes of a file, the file's sha256 before that): of a file replaced meanwhile
+    it is the old one's, so what comes of it is never taken for the new one's."""
+    digest = None
+    with suppress(OSError):  # `load` tells
+        digest = sha256_of(path)
+    return load(path), digest
 
 
 def load_tensors(path, what, allowed=()):
@@ -81,6 +93,8 @@ def load_tensors(path, what, allowed=()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror} ({what})") from error
     except Exception as error:  # a dozen kinds: of the file, of its zip, of the pickle in that
         broken = isinstance(error, RuntimeError | OSError | EOFError)
         refused = zipfile.is_zipfile(path) and not broken
@@ -131,7 +145,8 @@ def is_up_to_date(path, head, force):
 
 
 def check_place(path):
-    """InputError if there is a folder at `path`, or a file where its folder belongs."""
+    """InputError if there is a folder at `path`, or a file where its folder belongs, or if nothing
+    can be written there."""
     path = Path(path)
     with reading(path):
         if path.is_dir():
@@ -139,6 +154,8 @@ def check_place(path):
         above = next(folder for folder in path.parents if folder.exists())
         if not above.is_dir():
             raise InputError(f"{above} is a file, where a folder belongs: move it away")
+        if not os.access(above, os.W_OK):
+            raise InputError(f"cannot write {path}: no permission to write in {above}")
 
 
 def is_same_result(path, old, head):
@@ -153,39 +170,3 @@ def is_same_result(path, old, head):
                 )
     print(f"{path} is up to date")
     return True
-
-
-class Parts:
-    """Finished pieces of a long job, kept until the whole is written, so a killed run resumes.
-
-    The folder's name carries a hash of the settings, of `cut`, how the job is cut up, and of the
-    source: pieces of another run, or made before an edit, are never mixed in.
-    """
-
-    def __init__(self, path, head, cut=None):
-        key = [head["settings"], head["inputs"], cut, source_digest()]
-        key = json.dumps(key, sort_keys=True)
-        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-        self.folder = Path(path).parent / f".{Path(path).name}.{digest}"
-
-    def path(self, name):
-        return self.folder / f"{name}.pt"
-
-    def has(self, name):
-        return self.path(name).exists()
-
-    def save(self, name, payload):
-        with atomic_write(self.path(name)) as file:
-            torch.save(payload, file)
-
-    def load(self, name):
-        return load_tensors(self.path(name), "a kept part of this run; delete its folder")
-
-    def remove(self, name):
-        self.path(name).unlink(missing_ok=True)
-
-    def clear(self, others_only=False):
-        """Remove the pieces of the whole, now written, and those of runs given up before."""
-        for folder in self.folder.parent.glob(f"{self.folder.stem}.*"):
-            if not (others_only and folder == self.folder):
-                shutil.rmtree(folder, ignore_errors=True)  # another process may be at it too

@@ -5,12 +5,13 @@ import fcntl
 import math
 import os
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common.artifacts import load_artifact, sha256_of
+from common.artifacts import load_artifact, load_hashed, sha256_of
 from common.checks import Fault, check, need, told
 from common.diffusers_names import check_config, from_diffusers, is_diffusers
 from common.errors import InputError, reading
@@ -32,19 +33,18 @@ def download(url, name, sha256_prefix=""):
         url = f"{os.environ[MIRROR].rstrip('/')}/{name}"
     if target.exists():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / (name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait for it
-        if target.exists():
-            return target
-        try:
-            _download_to(partial, url, name)
-        except OSError as error:
-            raise InputError(f"cannot download {url}: {error}; run again to resume") from error
-        if not sha256_of(partial).startswith(sha256_prefix):
-            partial.unlink()
-            raise InputError(f"{url}: wrong sha256, download discarded; run again")
-        os.replace(partial, target)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / (name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait for it
+            if not target.exists():
+                _download_to(partial, url, name)
+                if not sha256_of(partial).startswith(sha256_prefix):
+                    partial.unlink()
+                    raise InputError(f"{url}: wrong sha256, download discarded; run again")
+                os.replace(partial, target)
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: of an address that is none
+        raise InputError(f"cannot download {url}: {error}; run again to resume") from error
     return target
 
 
@@ -152,8 +152,9 @@ def check_labels(y, num_classes, what):
 
 def load_calib(run):
     """RUN/calib.pt, checked, and its own sha256."""
-    path = Path(run) / "calib.pt"
-    return load_artifact(path, "calib", "01_collect_calib.py") | dict(sha256=sha256_of(path))
+    path, made_by = Path(run) / "calib.pt", "01_collect_calib.py"
+    calib, digest = load_hashed(path, lambda path: load_artifact(path, "calib", made_by))
+    return calib | dict(sha256=digest)
 
 
 def load_calibrated(calib):

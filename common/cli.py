@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         paper("--abits", type=whole_number, required=True, help="k of activations, 2..8")
         layers = f"own: {own}; released: those of 03_quantize.py (D6)"
         ours("--layers", choices=("own", "released"), default="own", help=layers)
-        ours("--rows", type=whole_number, help="calibrate on so many, spread over t")
+        ours("--rows", type=whole_number, help="calibrate on about so many, spread over t")
         ours("--tag", default=tag, help="names the file quant_wXaY_TAG.pt")
         self.add_unit_flags()
 

@@ -1,7 +1,6 @@
 """One script in many processes: what torchrun starts, and how they share the work."""
 
 import atexit
-import fcntl
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.errors import InputError
+from common.locks import take
 
 
 class ProcessGroup:
@@ -45,10 +45,13 @@ class ProcessGroup:
     @contextmanager
     def alone_in(self, folder):
         """Meanwhile no other run is at work in this folder; where one is, waits and says so."""
-        handle = os.open(folder, os.O_RDONLY) if self.rank == 0 else None
+        handle = None
+        if self.rank == 0:
+            handle = take(folder)
+            if handle is None:
+                print(f"another run is at work in {folder}: waiting for it", flush=True)
+                handle = take(folder, wait=True)
         try:
-            if handle is not None:
-                _lock(handle, folder)
             self.wait()
             yield
         finally:
@@ -56,24 +59,16 @@ class ProcessGroup:
                 os.close(handle)
 
     def share(self, parts, names):
-        """This process's share of those `names` whose part is missing, even when a run resumes."""
+        """This process's share of those `names` whose part is missing, even when a run resumes.
+        InputError if another run is making the same."""
+        if self.rank == 0:
+            parts.claim()
         return self.agree([x for x in names if not parts.has(x)])[self.rank :: self.size]
 
     def bar(self, items=None, **kwargs):
         """A progress bar that counts for all processes as rank 0 goes; their shares are equal."""
         scale = self.size > 1 and self.size
         return tqdm(items, disable=self.rank > 0, unit_scale=scale, **kwargs)
-
-
-def _lock(handle, folder):
-    """Until it is closed, nobody else can lock it."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"another run is at work in {folder}: waiting for it", flush=True)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks
-        pass
 
 
 def join_process_group():

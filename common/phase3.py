@@ -16,6 +16,7 @@ from common.distributed import join_process_group
 from common.errors import InputError
 from common.layer_data import layer_data
 from common.offload import next_inputs, offloaded, unit_on, units
+from common.parts import Parts
 from common.quant_file import build_quantized, make_layer, quantized_parts, swap_layer
 from common.report import print_peak, print_report, signal_to_noise
 from common.unit_data import first_inputs, load_grads, load_units, rows_to_search
@@ -68,7 +69,7 @@ class Phase3:
         head = artifacts.provenance("quant", settings, inputs, machine.device)
         self.head = head | dict(method=method)
         self.path = run / f"quant_{model_name}.pt"
-        self.parts = artifacts.Parts(self.path, self.head)
+        self.parts = Parts(self.path, self.head)
 
     def is_done(self):
         """Whether the file is there already, and says so; InputError if it is another's."""
@@ -137,7 +138,7 @@ class Phase3:
     def start_over(self, round_number):
         """Go through all units once more, for a method of several rounds; each keeps parts of its
         own, and its `quantized_inputs` are its own units'."""
-        self.parts = artifacts.Parts(self.path, self.head, round_number)
+        self.parts = Parts(self.path, self.head, round_number)
         self.quantized = None
 
     def save(self, unit, done):

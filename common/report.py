@@ -59,7 +59,7 @@ def print_report(report):
     per_group = "  ".join(f"{snr:.1f}" for snr in report["snr_per_group"])
     print(f"eps, signal to noise on validation rows, dB per time group: {per_group}")
     print(f"weighted by the sampler's sensitivity: {report['snr_weighted']:.2f} dB")
-    total = sum(report["costs"].values())
+    total = sum(report["costs"].values()) or 1  # of a network whose weights are all zero
     costliest = sorted(report["costs"].items(), key=lambda item: -item[1])[:6]
     print("layers that cost most (share of the weighted error): ", end="")
     print(", ".join(f"{name} {cost / total:.0%}" for name, cost in costliest))

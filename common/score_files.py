@@ -1,7 +1,6 @@
 """What 05_eval_fid.py reads: images, statistics of a reference, rows of metrics.json.
 
-Each is checked before any work; what does not fit is refused in one line. An .npz is read whole:
-50,000 images of 256 px take 9.8 GB.
+Each is checked before any work; what does not fit is refused in one line.
 """
 
 import json
@@ -12,7 +11,7 @@ from PIL import Image
 
 from common.artifacts import FORMAT, sha256_of
 from common.checks import Fault, Float, Int, OneOf, Plain, check, need
-from common.errors import InputError
+from common.errors import InputError, reading
 from common.model_schema import SHA256, TEXT
 from common.schemas import SAMPLES
 
@@ -103,7 +102,8 @@ def read_samples(path):
 
 def read_folder(path):
     """The png and jpg in a folder as images (N, H, W, C); grey ones have one channel."""
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    with reading(path):
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
     images = []
     for file in files:
         try:

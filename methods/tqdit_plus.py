@@ -93,7 +93,7 @@ def parse_args():
     p.ours.add_argument("--hadamard", action=flag, default=True, help="rotate input channels")
     p.ours.add_argument("--rank", type=number_or_none, help="of the branch")
     p.ours.add_argument("--fit-last", action=flag, default=True, help="fit the last layer")
-    p.ours.add_argument("--rows", type=whole_number, help="search on this many rows, spread over t")
+    p.ours.add_argument("--rows", type=whole_number, help="search on about so many, spread over t")
     p.ours.add_argument("--tag", default="plus", help="names the file quant_wXaY_TAG.pt")
     p.add_search_flags()
     return p.parse_args()

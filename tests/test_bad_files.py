@@ -519,6 +519,20 @@ def test_unforeseen_error_is_one_line_and_traceback_shows_more(run, monkeypatch)
     assert "in fail\n" in shown and words in shown.splitlines()[-1]
 
 
+def test_missing_permissions_are_told_as_such(run, monkeypatch):
+    """A file that may not be read is not called damaged; a folder that may not be written into is
+    told before any work. Root may do both, so the system's answer is made up."""
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", refuse)
+        assert "calib.pt cannot be read: Permission denied" in fault_of(CALIB, run)
+    monkeypatch.setattr(artifacts.os, "access", lambda *_: False)
+    assert "no permission to write in" in fault_of(GRADS, run)
+
+
 # ------------------------------------------------------------------------------------------------
 # What is good stays good
 

@@ -91,3 +91,15 @@ def test_download_resumes_where_it_broke_off(tmp_path, monkeypatch):
             do(thread)
     assert (path.parent / "third.pt").read_bytes() == Ranges.CONTENT and len(Ranges.asked) == 4
     server.shutdown()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("TQ_DIT_MIRROR", "host/dit"), ("TQ_DIT_MIRROR", "http://localhost:80a"),
+    ("XDG_CACHE_HOME", "/proc/none"),
+])  # fmt: skip
+def test_what_keeps_a_download_from_coming_is_told(key, value, tmp_path, monkeypatch):
+    """An address that is none, a cache that cannot be made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(key, value)
+    with pytest.raises(InputError, match="cannot download"):
+        c.download("http://localhost/weights", "weights.pt")

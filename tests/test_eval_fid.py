@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, leftovers, load_script
+from conftest import ROOT, leftovers, load_script, refused
 from PIL import Image
 
 from common import feature_networks, inception
@@ -226,7 +226,8 @@ def test_other_channels_are_called_a_misfit_and_not_the_machines():
 
 def save_samples(path, images, meta=(), **changed):
     name = path.stem.removeprefix("samples_")
-    settings = SETTINGS | dict(name=name, vae="none", dtype="fp32", classes=None) | changed
+    settings = SETTINGS | dict(name=name, vae="none", dtype="fp32", classes=None, engine="float")
+    settings |= changed
     parts = dict(kind="samples", settings=settings, inputs=INPUTS, model_bytes=9)
     labels = np.arange(len(images)) % 10
     np.savez(path, arr_0=images, labels=labels, meta=np.array(json.dumps(parts | dict(meta))))
@@ -441,6 +442,32 @@ def test_a_second_run_waits_for_the_first(run):
     assert len(rows) == 6 and not leftovers(run)
 
 
+def test_a_renamed_file_is_named_as_it_is(run, evaluate):
+    """Two engines' images of one model stand side by side once one of the files has a new name."""
+    images = np.load(run / "reference.npz")["arr_0"]
+    save_samples(run / "samples_w8a8_int8.npz", images ^ 1, name="w8a8", engine="int8")
+    assert evaluate(run).returncode == 0
+    rows = rows_of(run)
+    assert rows["w8a8"]["file"] == "samples_w8a8.npz"
+    assert rows["w8a8_int8"]["file"] == "samples_w8a8_int8.npz"
+    assert Image.open(run / "comparison.png").size == (64 * 11, 64 * 3)
+
+
+def test_samples_replaced_while_others_are_scored_are_refused(run, evaluate, monkeypatch):
+    """Their row would name the file that is gone."""
+    real = ev.extract
+
+    def extract(network, images, head, *how):
+        if head["file"] == "samples_fp.npz":
+            shutil.copy(run / "samples_w6a6.npz", run / "samples_w8a8.npz")
+        return real(network, images, head, *how)
+
+    monkeypatch.setattr(ev, "extract", extract)
+    refused(evaluate(run), "samples_w8a8.npz was replaced meanwhile")
+    monkeypatch.undo()
+    assert evaluate(run).returncode == 0 and not leftovers(run)
+
+
 def test_nothing_temporary_is_left(run, evaluate):
     """No folder of features stays behind."""
     assert evaluate(run).returncode == 0 and not leftovers(run)
@@ -458,7 +485,7 @@ def test_images_of_another_network_do_not_pair_up(key, run, evaluate):
 
 
 PAPERS = dict(num_images=10_000, size=(256, 256), steps=250, cfg_scale=1.5, cfg_channels=3)
-PAPERS |= dict(vae="mse", dtype="fp32")
+PAPERS |= dict(vae="mse", dtype="fp32", engine="float")
 
 
 def test_unlike_paper_names_what_differs_from_tables_1_and_2():
@@ -466,8 +493,9 @@ def test_unlike_paper_names_what_differs_from_tables_1_and_2():
     So do labels that are not all classes in turn."""
     assert ev.unlike_paper(PAPERS) == ev.unlike_paper(PAPERS | dict(steps=100)) == []
     assert ev.unlike_paper(PAPERS | dict(classes=[207])) == ["classes"]
+    assert ev.unlike_paper(PAPERS | dict(engine="int8")) == []  # the same codes
     others = dict(num_images=50_000, size=(512, 512), steps=50, cfg_scale=4.0, cfg_channels=4)
-    for key, value in (others | dict(vae="ema", dtype="bf16")).items():
+    for key, value in (others | dict(vae="ema", dtype="bf16", engine="int8-folded")).items():
         assert ev.unlike_paper(PAPERS | {key: value}) == [key]
         assert ev.unlike_paper(PAPERS | {key: None}) == [key]
 

@@ -27,9 +27,9 @@ from conftest import (
     tiny_flags,
 )  # fmt: skip
 
-from common import artifacts, source
-from common.artifacts import Parts
+from common import parts, source
 from common.mnist_classifier import FeatureNet
+from common.parts import Parts
 from common.quant_file import load_quant
 from models_dit import Diffusion, DiT
 
@@ -124,7 +124,7 @@ def test_pieces_made_before_an_edit_are_not_taken(tmp_path, monkeypatch):
     head = dict(settings={}, inputs={})
     Parts(tmp_path / "a.pt", head).save("x", 1)
     assert Parts(tmp_path / "a.pt", head).has("x")
-    monkeypatch.setattr(artifacts, "source_digest", lambda: "after an edit")
+    monkeypatch.setattr(parts, "source_digest", lambda: "after an edit")
     assert not Parts(tmp_path / "a.pt", head).has("x")
 
 
@@ -141,13 +141,15 @@ def test_every_source_of_a_result_is_in_the_digest(monkeypatch, tmp_path):
     assert len(seen) == 5
 
 
-def test_a_network_whose_eps_is_zero_runs_to_the_end(tmp_path, run_here):
-    """An untrained DiT, with adaLN-Zero and a final layer of zeros: no error, an infinite SNR."""
+@pytest.mark.parametrize("zeros", [("adaLN", "final_layer"), ("",)])
+def test_a_network_whose_eps_is_zero_runs_to_the_end(zeros, tmp_path, run_here):
+    """An untrained DiT, with adaLN-Zero and a final layer of zeros, or nothing but zeros: no error,
+    an infinite SNR."""
     torch.manual_seed(0)
     how = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=4)
     model = DiT(**how, num_classes=5)
     for name, parameter in model.named_parameters():
-        if "adaLN" in name or "final_layer" in name:
+        if any(word in name for word in zeros):
             parameter.data.zero_()
     torch.save(model.state_dict(), tmp_path / "zero.pt")
     for name in FLAGS:

@@ -8,7 +8,7 @@ import torch
 from conftest import LIVELY, load_script, refused, run_in_process, same_leaves
 from tqdm import tqdm
 
-from common.artifacts import Parts, load_artifact
+from common.artifacts import load_artifact
 from common.export_layouts import check_known
 from common.noise_correction import (
     STREAM,
@@ -19,6 +19,7 @@ from common.noise_correction import (
     moments_of,
     noise_of,
 )
+from common.parts import Parts
 from models_dit import Diffusion, DiT, image_generators, trajectory
 
 # What PTQD's own code makes of `errors()`: ziplab/PTQD@6b190f9, quant_scripts/analyze_error.py,

@@ -10,10 +10,11 @@ from conftest import layer_of, linear_data, load_script, run_in_process, same_le
 
 import quant_ops as q
 from common import trajectories
-from common.artifacts import Parts, load_artifact
+from common.artifacts import load_artifact
 from common.checkpoints import load_calib, load_calibrated
 from common.distributed import ProcessGroup
 from common.layer_data import LayerData, MatMulChunk
+from common.parts import Parts
 from common.quantizers import AdaptiveQuantizer
 from methods.power_law import exponent, lower_cutoff, power_law_ratio
 from methods.ranges import values_by_shrinking
