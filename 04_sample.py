@@ -85,7 +85,8 @@ def quantized(path, num_timesteps, engine, device):
     """The model of a quant file, how it is to be sampled, what it came from, its bytes."""
     artifact, digest = load_hashed(path, load_quant)
     model = build(artifact, path, engine, device)
-    sampling = artifact["settings"]["sampling"] | dict(noise=artifact.get("noise"))
+    sampling = dict(noise=artifact.get("noise"), folded=model.folded)
+    sampling |= artifact["settings"]["sampling"]
     if num_timesteps:
         model.group_table = table_at(artifact, num_timesteps)
     return model, sampling, artifact["inputs"] | {"quant": digest}, os.path.getsize(path)
@@ -107,12 +108,11 @@ def sample(model, vae, diffusion, indices, labels, settings, bar):
 def main(args):
     check(args)
     group, device, name = join_process_group(), args.device, model_name(args)
-    source = args.run / f"quant_{name}.pt"
-    how = args.steps, args.engine, device
-    found = full_precision(args.run) if args.fp else quantized(source, *how)
+    how = args.run / f"quant_{name}.pt", args.steps, args.engine, device
+    found = full_precision(args.run) if args.fp else quantized(*how)
     model, sampling, inputs, size = found
     settings = {key: sampling[key] for key in SAMPLING} | {key: getattr(args, key) for key in OWN}
-    settings |= dict(steps=args.steps or sampling["steps"], name=name)
+    settings |= dict(steps=args.steps or sampling["steps"], name=name) | sampling.get("folded", {})
     classes = torch.tensor(args.classes or range(model.num_classes))
     check_labels(classes, model.num_classes, "--classes")
     indices = torch.arange(args.first, args.first + args.num_images)

@@ -34,12 +34,15 @@ def compile_mode(device):
 
 def build(artifact, source, engine, device):
     """The quantized model, its linear layers in floating point or, where they can be, on integer
-    codes; one printed line says which. The artifact's layers are used up."""
-    if engine == "float":
-        return quant_file.build_quantized(artifact, source, keep=False)
-    int8 = Int8Engine(engine, device)
-    model = int8.fuse(quant_file.build_quantized(artifact, source, int8.make_layer, keep=False))
-    print(int8.describe())
+    codes; one printed line says which. The artifact's layers are used up. `folded` of the model is
+    what of its result the machine decides, {} if nothing."""
+    int8 = Int8Engine(engine, device) if engine != "float" else None
+    make_layer = int8.make_layer if int8 else quant_file.make_layer
+    model = quant_file.build_quantized(artifact, source, make_layer, keep=False)
+    if int8:
+        model = int8.fuse(model)
+        print(int8.describe())
+    model.folded = dict(folded_bits=int8.folded_bits) if int8 and int8.folded_bits else {}
     return model
 
 
@@ -55,7 +58,7 @@ class Int8Engine:
 
     def __init__(self, name="int8", device=CPU):
         self.name, self.on_integers, self.reasons = name, 0, Counter()
-        self.after_gelu, self.products = Counter(), Counter()
+        self.after_gelu, self.products, self.folded_bits = Counter(), Counter(), []
         self.attentions, self.whole = 0, False
         self.on_cuda = device.type == "cuda"
         self.why_not, self.linear = why_not, Int8Linear
@@ -84,8 +87,16 @@ class Int8Engine:
         self.on_integers += 1
         self.after_gelu.update([how] if how else [])
         layer = self.linear(v, correction, packed["scale"], state["bias"], act, smooth)
-        self.products.update([] if self.on_cuda else [cpu_products.whose_is(layer.run)])
+        self.products.update([self.whose(layer)])
         return layer
+
+    def whose(self, layer):
+        """Whose product multiplies a layer's codes."""
+        if not self.on_cuda:
+            return cpu_products.whose_is(layer.run)
+        if not layer.triton:
+            return "torch._int_mm"
+        return "Triton for Hopper" if layer.hopper else "Triton"
 
     def beyond(self, state):
         """What a state has that is no product of codes here; "" if nothing."""
@@ -104,6 +115,7 @@ class Int8Engine:
             bits = 8 if self.on_cuda else cpu_products.input_bits(v, act.bits)
             grid = folded(act, bits)
             if not self.why_not(v, grid):
+                self.folded_bits.append(bits)
                 return grid, f"folded to {bits} bits, one product"
         return act, "exact, two products" + ", with --dtype bf16 one of values" * self.on_cuda
 
@@ -125,14 +137,9 @@ class Int8Engine:
         """One line: how many layers are on integers, whose product it is, what became of MRQ, and
         why the others are not."""
         line = f"engine {self.name}: {self.on_integers} layers on integer codes"
-        if self.no_triton:
-            line += f" by torch._int_mm ({self.no_triton})"
-        elif self.on_cuda:
-            line += " by Triton" + " for Hopper" * (self.no_hopper == "")
-            missing = filter(None, (self.no_hopper, self.no_attention))
-            line += "".join(f" ({reason})" for reason in missing)
-        elif self.products:
-            line += f" by {' and '.join(self.products)}"
+        line += f" by {' and '.join(self.products)}" * bool(self.products)
+        missing = filter(None, (self.no_triton, self.no_hopper, self.no_attention))
+        line += "".join(f" ({reason})" for reason in missing)
         for how, count in self.after_gelu.items():
             line += f"; {count} of them after GELU (MRQ {how})"
         line += f"; {self.attentions} attentions in one kernel each" * (self.attentions > 0)

@@ -196,5 +196,5 @@ def as_matrices(layer, grad, out, x, group):
     if isinstance(layer, nn.Conv2d):
         x = F.unfold(x, layer.kernel_size, stride=layer.stride).transpose(1, 2)
         out, grad = out.flatten(2).transpose(1, 2), grad.flatten(2).transpose(1, 2)
-    grad, out, x = (v.flatten(0, -2) for v in (grad, out, x))
+    grad, out, x = (v.flatten(0, -2).contiguous() for v in (grad, out, x))
     return LinearChunk(grad, out, x, group.repeat_interleave(len(x) // len(group)))

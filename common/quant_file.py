@@ -11,7 +11,7 @@ from torch import Tensor
 
 import quant_ops as q
 from common.artifacts import load_artifact
-from common.errors import InputError
+from common.errors import InputError, memory_errors
 from common.offload import give_back_memory
 from common.packing import pack_codes, unpack_codes
 from common.quantizers import (
@@ -163,18 +163,24 @@ def build_quantized(artifact: dict, source, make=make_layer, keep=True) -> nn.Mo
     do not make up the whole model. Without `keep` every state leaves the artifact's `layers` once
     it is used, so that no two forms of all weights are held."""
     try:
-        with torch.device("meta"):
-            model = DiT(**artifact["config"])
-        model.group_table = artifact["group_table"]
-        _, unexpected = model.load_state_dict(artifact["state"], strict=False, assign=True)
-        layers = artifact["layers"]
-        for name in [*layers]:
-            swap_layer(model, name, make(layers[name] if keep else layers.pop(name)))
-            if not keep:
-                give_back_memory()
+        with memory_errors():
+            return assembled(artifact, source, make, keep)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{source} is damaged: {reason}; run 03 again") from error
+
+
+def assembled(artifact, source, make, keep):
+    """`build_quantized`, whatever it may raise."""
+    with torch.device("meta"):
+        model = DiT(**artifact["config"])
+    model.group_table = artifact["group_table"]
+    _, unexpected = model.load_state_dict(artifact["state"], strict=False, assign=True)
+    layers = artifact["layers"]
+    for name in [*layers]:
+        swap_layer(model, name, make(layers[name] if keep else layers.pop(name)))
+        if not keep:
+            give_back_memory()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing or unexpected:
         raise InputError(f"{source} is damaged: {(missing + unexpected)[0]}; run 03 again")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from quant_ops import GeluQuantizer, UniformQuantizer, gelu_region, hessian_loss, quantize
 
@@ -77,15 +78,25 @@ def int_error(terms: list[Codes], weight: Codes, z: Tensor) -> Tensor:
 
 @cache
 def column_loss(device: torch.device) -> Callable | None:
-    """`engine.triton_loss.column_loss` where Triton is at hand and right; else None."""
+    """`engine.triton_loss.column_loss` where Triton is at hand and right; else None, and on a GPU
+    one printed line says why."""
     if device.type != "cuda":
         return None
     try:
         from engine.triton_loss import column_loss
 
-        return column_loss if is_right(column_loss, device) else None
-    except Exception:  # whatever a compiler may raise: there is another way (not after a fault)
-        return None
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            reason = "a GPU older than Triton's product of codes"
+        elif is_right(column_loss, device):
+            return column_loss
+        else:
+            reason = "Triton's kernel is wrong here"
+    except ImportError:
+        reason = "Triton is missing, or too old"
+    except Exception as error:  # whatever a compiler may raise: there is another way
+        reason = f"Triton failed, {type(error).__name__}"
+    tqdm.write(f"candidates are multiplied by torch._int_mm ({reason})")
+    return None
 
 
 def is_right(column_loss: Callable, device: torch.device) -> bool:

@@ -3,6 +3,7 @@ square weighted by the gradient, and the sum over rows. No result is written, on
 each tile of rows: passes over memory are what such a search is slow by.
 """
 
+import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -51,13 +52,14 @@ def column_loss(terms, weight, z, grad):
     w_sum = weight.row_sum - num_inputs * weight.zero_point
     of_columns = [x.flatten().expand(width) for x in (weight.scale, weight.zero_point, w_sum)]
     out = z.new_empty(triton.cdiv(num_rows, R), width)
-    loss_kernel[len(out) * triton.cdiv(width, O),](
-        out, TensorDescriptor.from_tensor(first.codes, [R, I]),
-        second and TensorDescriptor.from_tensor(second.codes, [R, I]),
-        TensorDescriptor.from_tensor(weight.codes, [O, I]), z, grad,
-        num_rows, num_inputs, width, int(first.scale.ndim > 0),
-        first.scale, first.zero_point, first.row_sum,
-        second and second.scale, second and second.row_sum,
-        *(x.contiguous() for x in of_columns), R, O, I, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(z):
+        loss_kernel[len(out) * triton.cdiv(width, O),](
+            out, TensorDescriptor.from_tensor(first.codes, [R, I]),
+            second and TensorDescriptor.from_tensor(second.codes, [R, I]),
+            TensorDescriptor.from_tensor(weight.codes, [O, I]), z, grad,
+            num_rows, num_inputs, width, int(first.scale.ndim > 0),
+            first.scale, first.zero_point, first.row_sum,
+            second and second.scale, second and second.row_sum,
+            *(x.contiguous() for x in of_columns), R, O, I, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     return out.sum(dim=0)

@@ -70,12 +70,14 @@ def test_a_run_is_as_long_as_16_bits_hold(largest, highest, sign):
 
 
 @needs_it
+@pytest.mark.parametrize("signs", ["both", "above", "below"])
 @pytest.mark.parametrize("largest, highest", [(36, 63), (36, 255), (8, 255), (64, 255)])
-def test_a_run_of_these_weights_is_the_longest(largest, highest):
+def test_a_run_of_these_weights_is_the_longest(largest, highest, signs):
     """Two rows for each channel, the highest code where its weights are above zero, or below: right
-    with `longest_run`'s run, and wrong with twice that."""
+    with `longest_run`'s run, and wrong with twice that; of weights of both signs or of one."""
     v = operands(1, 16, 1020, largest, highest)[1]
     v, one = (v * torch.rand(v.shape)).to(torch.int8), torch.ones(16)  # few are large
+    v = dict(both=v, above=v.abs(), below=-v.abs())[signs]
     codes = highest * torch.cat([v > 0, v < 0]).to(torch.uint8)
     exact = (codes.double() @ v.double().T).float() * torch.tensor(0.02)
     run = avx2.longest_run(v, highest)

@@ -446,26 +446,6 @@ def test_names_stay_beside_the_axis(ratios):
     assert all(0.99 < text.get_position()[1] < 1.2 + 1e-9 for text in ax.texts)
 
 
-def test_picture_of_all_sections_has_the_most_of_each_width():
-    """The section with the most methods, then images; the same layers at this T alone."""
-
-    def section(bits, num_images, *methods, layers="released", steps=100):
-        one = dict(bits=[*bits], num_images=num_images, layers=layers, steps=steps)
-        return dict(rows=[one | dict(method=method) for method in methods] + [dict(model="fp")])
-
-    results = dict(
-        n40=dict(rows=[dict(model="w8a8")]),
-        few=section((8, 8), 100, "tqdit", "htg"), many=section((8, 8), 200, "tqdit", "htg"),
-        partial=section((8, 8), 800, "tqdit"), less=section((8, 8), 40, "tqdit", "htg", "tqdit"),
-        only=section((4, 4), 20, "qdit"), own=section((4, 4), 400, "qdit", layers="own"),
-        other=section((4, 8), 800, "qdit", steps=250),
-    )  # fmt: skip
-    found = compare_page.most_images(results, 100)
-    counts = {model: row["num_images"] for model, row in found.items()}
-    both = {Model(method, (8, 8)): 200 for method in ("tqdit", "htg")}
-    assert counts == both | {Model("qdit", (4, 4)): 20}
-
-
 def test_picture_has_a_line_and_a_name_for_every_method(made, tmp_path):
     """Colors of all methods in the file; a method at one width, or at none, does no harm."""
     found = made[2]["released"]

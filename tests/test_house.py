@@ -23,7 +23,7 @@ MAY_IMPORT = {name: LIBRARIES | RUNTIME for name in [*SCRIPTS, "methods", "demo"
     "models_dit.py": {"torch", "numpy"},
     "engine": {"quant_ops", "models_dit", "engine"} | RUNTIME,
     "engine/triton_kernels.py": {"torch", "triton"},  # itself imported inside functions alone
-    "engine/triton_loss.py": {"engine", "triton"},  # so are these
+    "engine/triton_loss.py": {"engine", "torch", "triton"},  # so are these
     "engine/triton_hopper.py": {"engine", "torch", "triton"},
     "engine/triton_hopper_tiles.py": {"engine", "triton"},
     "engine/triton_hopper_attention.py": {"engine", "torch", "triton"},

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from int8_layers import DEVICE, GROUPS, INPUTS, OUTPUTS, ROWS, TOKENS, layer_of
+from int8_layers import DEVICE, GROUPS, INPUTS, OUTPUTS, ROWS, TOKENS, layer_of, quantizer
 
 import quant_ops as q
 from common import int8_engine, quant_file
@@ -262,16 +262,23 @@ def test_trial_is_a_process_of_its_own(monkeypatch, command, kernels):
     assert cuda_trial.kernels_of.__wrapped__(torch.device("cuda:7")) == kernels
 
 
-@pytest.mark.parametrize("no_hopper, no_attention, says", [
-    (None, None, "by Triton;"), ("", "", "by Triton for Hopper;"),
-    ("it failed", "", "by Triton (it failed);"), ("", "no", "by Triton for Hopper (no);"),
+@pytest.mark.parametrize("no_hopper, no_attention, whose, why", [
+    (None, None, "Triton", ""), ("", "", "Triton for Hopper", ""),
+    ("it failed", "", "Triton", " (it failed)"), ("", "no", "Triton for Hopper", " (no)"),
 ])  # fmt: skip
-def test_line_says_whose_kernels_they_are(monkeypatch, no_hopper, no_attention, says):
+def test_line_says_whose_kernels_they_are(monkeypatch, no_hopper, no_attention, whose, why):
+    """Of layers with sizes that 16 divides, and of others."""
     kernels = cuda_trial.Kernels("", no_hopper, no_attention)
     monkeypatch.setattr(cuda_trial, "kernels_of", lambda device: kernels)
+    monkeypatch.setattr(e, "has_int_unit", lambda device: True)
     engine = int8_engine.Int8Engine("int8", torch.device("cuda"))
     engine.reasons["convolution"] = 1
-    assert says in engine.describe()
+    act = quant_file.quantizer_state(quantizer("uniform", 8, torch.tensor(1.0)))
+    for outputs, others in (32, ""), (24, " and torch._int_mm"):
+        weight = torch.randn(outputs, 64)
+        packed = quant_file.pack_weight(weight, q.uniform_candidates(*weight.aminmax(), 8)[0])
+        engine.make_layer(dict(type="linear", weight=packed, act=act, bias=torch.zeros(outputs)))
+        assert f"by {whose}{others}{why};" in engine.describe()
     assert engine.linear.keywords == dict(triton=True, hopper=no_hopper == "")
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,6 +182,14 @@ def test_model_of_a_quant_file_runs_on_integers(tiny_run):
     torch.testing.assert_close(compiled(x, t, y), found)
 
 
+def test_line_on_a_cpu_says_whose_product_it_is(monkeypatch):
+    """A layer without a run is oneDNN's, and why all are is said where avx2.c could be taken."""
+    monkeypatch.setattr(cpu_products, "whose", lambda: cpu_products.AVX2)
+    assert [cpu_products.whose_is(run) for run in (0, 8)] == ["oneDNN", cpu_products.AVX2]
+    monkeypatch.setattr(cpu_products, "whose", lambda: "oneDNN (no C compiler)")
+    assert cpu_products.whose_is(0) == "oneDNN (no C compiler)"
+
+
 # ------------------------------------------------------------------------------------------------
 # --engine int8-folded
 
@@ -257,6 +266,25 @@ def test_sample_names_the_folded_mode(tiny_run, tmp_path, run_here):
         assert ("MRQ folded" in line) == (engine == "int8-folded")
     result = run_here("04_sample", *flags, "int8")
     assert result.returncode == 2 and "--force" in result.stderr
+
+
+@needs_product
+def test_images_of_a_folded_model_say_how_many_bits_it_has(
+    tiny_run, tmp_path, monkeypatch, run_here
+):
+    """It depends on the CPU and its compiler, so what was sampled with others is another result;
+    nothing is said where nothing is folded."""
+    shutil.copy(tiny_run / "quant_w6a6.pt", tmp_path)
+    flags = f"--run {tmp_path} --wbits 6 --abits 6 --num-images 2 --engine".split()
+    for bits in 8, 7:
+        monkeypatch.setattr(cpu_products, "input_bits", lambda *_, bits=bits: bits)
+        result = run_here("04_sample", *flags, "int8-folded")
+        assert (result.returncode, "folded_bits = [8, 8]" in result.stderr) == (
+            (0, False) if bits == 8 else (2, True)
+        )
+    assert run_here("04_sample", *flags, "int8", "--force").returncode == 0
+    with np.load(tmp_path / "samples_w6a6.npz") as file:
+        assert "folded_bits" not in str(file["meta"])
 
 
 @pytest.mark.parametrize("key", ["view", "shift", "low_rank", "regroup", "hadamard"])

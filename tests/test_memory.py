@@ -86,6 +86,17 @@ def test_no_second_form_of_the_weights_is_held(folder, engine, capsys):
     assert artifact["layers"] == {}
 
 
+def test_out_of_memory_is_not_called_a_damaged_file(folder):
+    """torch tells it by a RuntimeError, as it does of shapes that do not fit."""
+    path = memory.QuantFile((8, 8), False).path(folder)
+
+    def make(state):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    with pytest.raises(MemoryError):
+        quant_file.build_quantized(quant_file.load_quant(path), path, make)
+
+
 def test_unpacking_needs_no_more_than_a_few_bytes_a_code():
     """Loading peaks at one byte for each bit, and its copies, not eight for each."""
     codes = torch.randint(64, (1024, 1024))

@@ -91,8 +91,26 @@ def test_self_test_tries_both_forms():
     assert not p.is_right(wrong_for(1), DEVICE) and not p.is_right(wrong_for(2), DEVICE)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_kernel_that_fails_is_not_taken(monkeypatch, device):
-    """`_int_mm` and passes over its result are taken instead; on a CPU they always are."""
+@pytest.mark.parametrize("capability, why", [((8, 0), "ZeroDivisionError"), ((7, 5), "older")])
+def test_kernel_that_fails_is_not_taken(monkeypatch, capsys, capability, why):
+    """`_int_mm` and passes over its result are taken instead, and a line says why; on a CPU they
+    always are."""
     monkeypatch.setattr(triton_loss, "column_loss", lambda *args: 1 / 0)
-    assert p.column_loss.__wrapped__(torch.device(device)) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(p, "is_right", lambda column_loss, device: column_loss())
+    assert p.column_loss.__wrapped__(torch.device("cpu")) is None and not capsys.readouterr().out
+    assert p.column_loss.__wrapped__(torch.device("cuda")) is None
+    assert why in capsys.readouterr().out
+
+
+def test_kernel_is_launched_on_the_device_of_its_data(monkeypatch):
+    """Triton takes the current one, which is cuda:0 unless it is set."""
+    entered = []
+
+    class Guard(torch.cuda.device_of):
+        def __enter__(self):
+            entered.append(1)
+            super().__enter__()
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    assert p.is_right(triton_loss.column_loss, DEVICE) and len(entered) == 2
