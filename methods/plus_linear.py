@@ -100,18 +100,21 @@ def rounded_weight(grids, cfg):
 
 
 def rounded(grids, cfg):
-    """A layer's state and cost, its weight rounded."""
+    """A layer's state and cost, its weight rounded, and its error as the search sees it."""
     W_hat, Q_W, more = rounded_weight(grids, cfg)
     module, quantizers, more = grids.layer.module, (Q_W, grids.Q_X), grids.before | more
     state = quant_file.linear_state(module, W_hat, *quantizers, **more)
     if "low_rank" in more:
         W_hat = W_hat + more["low_rank"]["left"] @ more["low_rank"]["right"]
-    return dict(state=state, cost=linear_cost(grids.data, W_hat, grids.Q_X))
+    cost = error = linear_cost(grids.data, W_hat, grids.Q_X)
+    if cfg.metric == "mse":
+        error = linear_cost(to_fit(grids.data, cfg), W_hat, grids.Q_X)
+    return dict(state=state, cost=cost), error
 
 
 def quantize_linear(layer, data, cfg, search):
-    """Alg. 1 lines 15-22; of all ways the one of least error, Eq. (16), chosen before the scales
-    are GPTQ's own: those take many times as long."""
+    """Alg. 1 lines 15-22; of all ways the one of least error, chosen before the scales are GPTQ's
+    own: those take many times as long."""
     channels, quantized = layer.module.weight[0].numel(), bits_of(layer, cfg).inputs is not None
     strengths = STRENGTHS if cfg.smoothquant and quantized else STRENGTHS[:1]
     blocks = (None, channels & -channels) if cfg.hadamard and quantized else (None,)
@@ -119,5 +122,5 @@ def quantize_linear(layer, data, cfg, search):
     tried = [grids_by(way, layer, data, cfg, search()) for way in ways]
     plain = cfg._replace(rounding="gptq") if cfg.rounding == "gptq-scales" else cfg
     found = [rounded(grids, plain) for grids in tried]
-    best = min(range(len(tried)), key=lambda i: found[i]["cost"])
-    return found[best] if plain == cfg else rounded(tried[best], cfg)
+    best = min(range(len(tried)), key=lambda i: found[i][1])
+    return (found[best] if plain == cfg else rounded(tried[best], cfg))[0]

@@ -14,7 +14,8 @@ are they in its code.
 
     the paper / its code                               here
     code: a scale for all of a weight                  for each output channel
-    code: first and last layer 8 bits, not learned     --edge-bits 8: the embedder, the final layer
+    code: first and last layer 8 bits, not learned     --edge-bits 8: the embedder, the final layer,
+          the last layer's inputs in full precision     whose inputs have 8 bits too
     code: linear layers and convolutions alone         the products of attention too
     code: DDIM with eta 0, where VSC is void           DDPM, whose variance the network may learn
     code: the mean of Delta for that of r              of r, as the paper has it

@@ -87,7 +87,7 @@ def check(args):
     check_rates(args)
 
 
-def start(layer, cfg, wbits):
+def start(layer, wbits):
     """A layer before phase W: its weight's range by least |error|^2.4, nothing else quantized."""
     if isinstance(layer.module, MatMul):
         return SoftMatMul(FullPrecision(), FullPrecision())
@@ -111,7 +111,7 @@ def quantize_unit(phase3, unit, cfg, edge_bits=None):
     layers = list(phase3.layers(unit, conditioning=cfg.layers == "own"))
     edge = edge_bits is not None and unit in ("embed", "final")
     wbits, abits = (edge_bits, edge_bits) if edge else (cfg.wbits, cfg.abits)
-    soft = {layer.name: start(layer, cfg, wbits) for layer in layers}
+    soft = {layer.name: start(layer, wbits) for layer in layers}
     phase_w = Recipe(cfg.weight_iterations, cfg.weight_batch, weight_lr=cfg.weight_lr)
     if not edge:
         reconstruct(phase3, soft, phase3.quantized_inputs(weights_only), phase_w)

@@ -16,7 +16,8 @@ There is no code of the authors. They quantize U-Nets; what is silent or unclear
     power law against another distribution          against the exponential one, from the x_min
                                                     of least Kolmogorov-Smirnov distance
     DAQ for each layer and timestep                 each layer and time group
-    scale of either grid                            least |error|^2.4, as of all others
+    scale of either grid                            least |error|^2.4; phase A and PAR, which learn
+                                                    all others, leave it
     PAR in several rounds of fewer iterations       --par-rounds, --par-share; rounding and scales
                                                     go on from where they were
 
@@ -107,9 +108,8 @@ def reparameterization(peaks, limit):
 
 def adaptive_quantizer(rows, bits):
     """The quantizer of softmax outputs a, the rows of one time group."""
-    parts = [chunk.a for chunk in rows]
-    log2 = power_law_ratio(some_of(parts, MOST)) > 0
-    step = max(part.amax() for part in parts) / (1 if log2 else 2**bits - 1)
+    log2 = power_law_ratio(some_of([chunk.a for chunk in rows.chunks], MOST)) > 0
+    step = rows.range("a")[1] / (1 if log2 else 2**bits - 1)
     shares, log2 = 1 - 0.01 * torch.arange(SHRINKS).to(step), torch.tensor(log2).to(step.device)
     candidates = Candidates(lambda share: AdaptiveQuantizer(bits, share * step, log2), shares)
     return search(candidates, rows, ValueLoss(base.SCALE_POWER, "a"))
@@ -123,7 +123,7 @@ def start(layer, phase3, cfg):
     """A layer before phase W, its input channels evened out, else as Q-Diffusion's."""
     matmul = isinstance(layer.module, MatMul)
     if not cfg.tcr or matmul or layer.spec.unit != "block" or layer.spec.conditioning:
-        return base.start(layer, cfg, cfg.wbits)
+        return base.start(layer, cfg.wbits)
     r = reparameterization(group_peaks(phase3.data(layer)), cfg.tcr_limit)
     weight = layer.module.weight.detach() * r
     Q_W = weight_by_shrinking(weight, cfg.wbits)

@@ -15,7 +15,7 @@ from conftest import (
 
 import quant_ops as q
 from common.checkpoints import load_calib
-from common.quant_file import make_layer, unpack_weight
+from common.quant_file import load_quant, make_layer, unpack_weight
 from common.unit_data import rows_to_search
 
 SCRIPT = "methods/htg"
@@ -130,6 +130,16 @@ def test_file_tells_layers_the_timestep(run):
         result = run_in_process("04_sample", *flags, *more)
         assert result.returncode == 0, result.stderr
     assert "time groups of its own" in result.stdout or "shifted" in result.stdout
+
+
+def test_own_layers_are_all_that_multiply(run, tiny_run):
+    """Embedders and adaLN too, the image's inputs too; --layers released: those of 03 (D6)."""
+    layers = made(run)["layers"]
+    assert len(layers) == 3 + 2 * 7 + 2 and layers["x_embedder.proj"]["act"]["bits"] == 6
+    assert {x["weight"]["bits"] for x in layers.values() if "weight" in x} == {4}
+    released = made(run, "--layers", "released", "--force")["layers"]
+    assert released.keys() == load_quant(tiny_run / "quant_w6a6.pt")["layers"].keys()
+    assert released["x_embedder.proj"]["act"] == dict(type="none")
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -1,5 +1,6 @@
 """methods/: SmoothQuant, rotation, GPTQ, groups, and each switch of tqdit_plus.py."""
 
+import itertools
 import shutil
 
 import numpy as np
@@ -257,7 +258,7 @@ def test_every_way_of_a_layer_is_its_function(changes):
             cfg = PLUS.Settings(**PLAIN | changes | more)
             where = layer_of(layer), data, cfg, FastSearch()
             grids = plus_linear.grids_by(Way(strength, block), *where)
-            found = plus_linear.rounded(grids, cfg)
+            found, _ = plus_linear.rounded(grids, cfg)
             made, state = make_layer(found["state"]), found["state"]
             assert ("smooth" in state, "hadamard" in state) == (strength is not None, bool(block))
             error = torch.cat([made(c.x) - layer(c.x) for c in data])
@@ -277,7 +278,7 @@ def test_hadamard_keeps_the_cheaper_of_both(monkeypatch):
 
     def costed(*args):
         found = rounded(*args)
-        costs.append(found["cost"])
+        costs.append(found[0]["cost"])
         return found
 
     monkeypatch.setattr(plus_linear, "grids_by", recorded)
@@ -445,6 +446,37 @@ def test_plain_mse_chooses_otherwise_at_a_higher_weighted_cost(changes):
     made = make_layer(state)
     error = [(c.grad * (made(c.x, c.group) - layer(c.x))).square().sum().item() for c in data]
     assert quantized(**flags)[-1] < mse == pytest.approx(sum(error), rel=1e-3)
+
+
+def test_each_metric_keeps_the_way_of_least_error_by_itself():
+    """Half of the rows have outliers and hardly a gradient: by Eq. (16) inputs are rotated, by
+    plain MSE smoothed too."""
+    torch.manual_seed(3)
+    layer, x = torch.nn.Linear(16, 12).requires_grad_(False), torch.randn(80, 16)
+    x[:40] *= 10 ** torch.linspace(-1, 1, 16)
+    x[40:] *= 10 ** torch.linspace(0.3, -0.3, 16)
+    grad = torch.ones(80, 12)
+    grad[:40] = 0.01
+    data = linear_data(grad, x @ layer.weight.T, x)
+    ways = [Way(*way) for way in itertools.product(plus_linear.STRENGTHS, (None, 16))]
+    changes = dict(abits=4, input_group=16, rounding="gptq", smoothquant=True, hadamard=True)
+    for metric, best in ("hessian", Way(None, 16)), ("mse", Way(0.5, 16)):
+        cfg = PLUS.Settings(**PLAIN | changes | dict(wbits=8, metric=metric))
+        errors = {}
+        for way in ways:
+            grids = plus_linear.grids_by(way, layer_of(layer), data, cfg, FastSearch())
+            made = make_layer(plus_linear.rounded(grids, cfg)[0]["state"])
+            errors[way] = error_of(made, layer, data, metric)
+        kept = make_layer(PLUS.quantize_linear(layer_of(layer), data, cfg, FastSearch)["state"])
+        assert min(errors, key=errors.get) == best
+        assert error_of(kept, layer, data, metric) == pytest.approx(errors[best], rel=1e-4)
+
+
+def error_of(made, layer, data, metric):
+    """Squared error of a layer's outputs, weighted by the gradient if that is the metric."""
+    weights = (c.grad if metric == "hessian" else 1 for c in data)
+    errors = (made(c.x, c.group) - layer(c.x) for c in data)
+    return sum((w * e).square().sum().item() for w, e in zip(weights, errors, strict=True))
 
 
 def test_rounds_alternate():

@@ -20,6 +20,7 @@ from conftest import (
 from common.checkpoints import load_calib
 from common.unit_data import rows_to_search
 from methods.balancing import by_timestep, salience_factors
+from methods.reconstruction import Recipe
 from models_dit import LayerSpec
 
 SCRIPT = "methods/ptq4dit"
@@ -96,6 +97,19 @@ def test_timesteps_are_those_of_the_rows_searched(run, monkeypatch):
     calib = load_calib(run)
     expected = calib["calibration"]["t"][rows_to_search(calib, 6)]
     assert seen and all(torch.equal(t, expected) for t in seen)
+
+
+def test_rounding_and_scales_learn_together_on_what_quantized_units_give(run, monkeypatch):
+    """The paper's recipe; values after softmax have 8 bits whatever the others have."""
+    seen = []
+    monkeypatch.setattr(PTQ, "reconstruct", lambda *args: seen.append(args))
+    flags = "--wbits 4 --abits 6 --batch 4 --weight-lr 0.1 --scale-lr 0.2".split()
+    file, _ = quant_file_of(SCRIPT, run, *flags)
+    assert [recipe for *_, recipe in seen] == 4 * [Recipe(20000, 4, 0.1, 0.2)]
+    phase3, _, inputs, _ = seen[-1]
+    assert not torch.equal(inputs[0], phase3.unit.inputs[0])
+    av = file["layers"]["blocks.1.attn.av"]
+    assert (av["a"]["bits"], av["b"]["bits"]) == (8, 6)
 
 
 @pytest.mark.parametrize("ssc", [True, False])

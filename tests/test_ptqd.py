@@ -20,6 +20,7 @@ from common.noise_correction import (
     noise_of,
 )
 from common.parts import Parts
+from methods import qdiffusion
 from models_dit import Diffusion, DiT, image_generators, trajectory
 
 # What PTQD's own code makes of `errors()`: ziplab/PTQD@6b190f9, quant_scripts/analyze_error.py,
@@ -210,6 +211,16 @@ def test_file_holds_the_noise_of_every_step(ptqd_run):
     bits = {name: x["weight"]["bits"] for name, x in file["layers"].items() if "weight" in x}
     ends = {name for name in bits if not name.startswith("blocks")}
     assert all(bits[name] == (8 if name in ends else 4) for name in bits)
+
+
+def test_the_ends_of_the_network_are_not_reconstructed(tiny_run, tmp_path, monkeypatch):
+    """Phases W and A are of the blocks alone; without --edge-bits of all units."""
+    seen = []
+    monkeypatch.setattr(qdiffusion, "reconstruct", lambda phase3, *_: seen.append(phase3.unit.name))
+    quantized(tiny_run, tmp_path / "run")
+    assert seen == ["block_00", "block_00", "block_01", "block_01"]
+    quantized(tiny_run, tmp_path / "even", "--edge-bits none")
+    assert len(seen) == 4 + 8
 
 
 def test_04_samples_its_file_alone_and_corrects(ptqd_run, tmp_path):

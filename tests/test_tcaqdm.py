@@ -137,6 +137,30 @@ def test_adaptive_quantizer_tests_the_values_of_every_key(monkeypatch):
     assert seen[0].unique().tolist() == [*range(25)] and len(seen[0]) <= 1000
 
 
+class Reused(LayerData):
+    """Chunks come in two buffers, in turn, as from `prefetch` on CUDA."""
+
+    def __iter__(self):
+        buffers = [[torch.empty_like(x) for x in self.chunks[0]] for _ in range(2)]
+        for i, chunk in enumerate(self.chunks):
+            for buffer, x in zip(buffers[i % 2], chunk, strict=True):
+                buffer.copy_(x)
+            yield MatMulChunk(*buffers[i % 2])
+
+
+def test_adaptive_quantizer_sees_all_chunks_of_a_group():
+    """The greatest value is in the first of four, whose buffer has another's by then."""
+    torch.manual_seed(4)
+    a, b = exponential(20, 0.01, 4 * 2 * 25 * 25), torch.randn(4, 2, 25, 3)
+    a = a.float().view(4, 2, 25, 25)
+    a[0, 0, 0, 0] = 2 * a.max()
+    columns = a @ b, a @ b, a, b, torch.zeros(4).long()
+    chunks = [MatMulChunk(*x) for x in zip(*(column.split(1) for column in columns), strict=True)]
+    whole, reused = (kind(chunks, CPU, num_groups=1) for kind in (LayerData, Reused))
+    found = (TCAQ.adaptive_quantizer(rows, 4).state_dict() for rows in (whole, reused))
+    assert same_leaves(*found)
+
+
 @pytest.mark.parametrize("heavy", [True, False])
 def test_adaptive_quantizer_takes_the_grid_of_its_distribution_at_least_error(heavy):
     """Logarithmic for a power law, else uniform; its scale has the least |error|^2.4 of 80."""
@@ -227,6 +251,7 @@ def test_each_part_reaches_its_layers_only(run):
     assert not any("smooth" in layer for layer in plain.values())
     assert full["blocks.0.attn.av"]["a"]["type"] == "adaptive"
     assert full["blocks.0.attn.av"]["a"]["log2"].shape == (3,)
+    assert len(full["blocks.0.attn.av"]["a"]["scale"].unique()) == 3  # of each group's own rows
     assert plain["blocks.0.attn.av"]["a"]["type"] == "uniform"
     assert full["x_embedder.proj"]["act"]["type"] == "uniform"
     again = quantized(run, "--par-rounds 1")
@@ -240,9 +265,11 @@ def test_each_part_reaches_its_layers_only(run):
 def test_par_reconstructs_on_what_the_quantized_model_samples(run, monkeypatch):
     """The units' inputs and their targets' follow from another x_t in the second round, but for the
     noise that all begins with; it has a share of the iterations."""
-    seen, real = [], TCAQ.reconstruct
+    seen, in_full, real = [], [], TCAQ.reconstruct
 
     def reconstruct(phase3, soft, inputs, recipe):
+        if phase3.unit.name == "block_01":  # before it, another network would give others
+            in_full.append(torch.equal(inputs[0], phase3.unit.inputs[0]))
         if phase3.unit.name == "embed":
             x, t, _ = phase3.unit.inputs
             seen.append((inputs[0], x, t, recipe.iterations))
@@ -252,6 +279,7 @@ def test_par_reconstructs_on_what_the_quantized_model_samples(run, monkeypatch):
     quantized(run, "--par-rounds 1 --par-share 0.5")
     first, *_, last = seen
     assert [iterations for *_, iterations in seen] == [4, 4, 2, 2]
+    assert in_full == [False, True, False, False]
     assert torch.equal(first[0], first[1]) and torch.equal(last[0], last[1])
     same = (first[0] == last[0]).all((1, 2, 3))
     assert torch.equal(same, first[2] == 999) and 0 < same.sum() < 6
