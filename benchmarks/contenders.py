@@ -137,7 +137,8 @@ class Comparison(Jobs):
         try:
             if phase != "03":
                 return perform(job)
-            begun = any(self.run.glob(f".quant_{name}.pt.*"))  # before a kill
+            begun = any(self.run.glob(f".quant_{name}.pt.*"))  # before a kill, or ended since
+            begun = begun or (self.run / f"quant_{name}.pt").exists()
             return perform(job, partial(forward_seconds, self.run), resumed=begun)
         except InputError as error:
             if name in ("", "fp"):
@@ -181,7 +182,7 @@ def measure(comparison, scores, model):
         method=model.method,
         bits=model.bits,
         layers=model.layers,
-        rows=args.rows or 320,
+        rows=quant["settings"]["rows"] or 320,
         iterations=comparison.iterations(model.method),
         gradients="grads" in quant["inputs"],
         command=job["command"],

@@ -4,8 +4,8 @@ fig2_histograms: values after softmax and GELU, with the regions and the levels 
 fig3_softmax_over_time: channel maxima after softmax over t, with s_1 of every time group.
 fig6_samples: the same seeds under several models.
 layer_error: where HO, MRQ and TGQ change the weighted output error; drawn last, in layer_error.py.
-Needs what `make tables` leaves in RUN; the first three are content with `make demo`'s. Run it from
-the repository root, to which the checkpoint's path is relative.
+Needs what `make tables` leaves in RUN. Run it from the repository root, to which the checkpoint's
+path is relative.
 
     python benchmarks/figures.py --run runs/tables/quick/T100_seed0
 """
@@ -200,7 +200,7 @@ def parse_args():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--run", type=Path, default=Path("runs/demo"))
+    p.add_argument("--run", type=Path, required=True)
     p.add_argument("--out", type=Path, default=Path("docs"), help="folder of the pictures")
     p.add_argument("--bits", default="w6a6", help="of the quant files, as in their names")
     p.add_argument("--models", nargs="+", help="rows of fig6; default: fp and those that are there")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +36,21 @@ class Job(NamedTuple):
         return self.run / "jobs" / f"{self.name}.{suffix}"
 
     def is_done(self):
-        return self.path("json").exists()
+        """Whether it has been run. InputError if that was with other flags, those of the machine
+        and the folder aside: its result is not this job's."""
+        record = self.path("json")
+        if not record.exists():
+            return False
+        was, now = json.loads(record.read_text())["command"], " ".join(self.command)
+        if asked(was) != asked(now):
+            raise InputError(f"{record} is of `{was}`, not `{now}`: give another --name")
+        return True
+
+
+def asked(command):
+    """What a command says of its result: without the folder, which stands last, and what is of the
+    machine."""
+    return re.sub(r" --compile\b| --batch-size \d+", "", command.partition(" --run ")[0])
 
 
 def add_sampling_flags(p):

@@ -222,7 +222,8 @@ def render(sweep, scores, tables, found):
     titles = dict(layers="`--layers released` against `all`")
     titles["plus"] = "methods/tqdit_plus.py, one thing added at a time"
     size = f"N = {args.num_images}, {args.rows or 320} of 320 calibration rows, R = {args.rounds}"
-    machine = machines(sweep.run(args.ablation_steps) / "samples_fp.npz")
+    steps = [row.steps for table in tables.values() for row in table]
+    machine = machines(sweep.run(steps[0]) / "samples_fp.npz" if steps else None)
     text = [f'## Sweep "{args.name}"\n', f"{size}. {machine}.\n", f"    {command_line()}\n"]
     if "models" in tables:
         text += models_section(sweep, scores, tables["models"], found)
@@ -241,8 +242,10 @@ def render(sweep, scores, tables, found):
 
 
 def machines(samples):
-    """This machine, and the GPU that these images were sampled on elsewhere."""
+    """This machine, and the GPU that these images, if there are any, were sampled on elsewhere."""
     text = f"{hardware(pick_device())}; torch {torch.__version__}"
+    if samples is None:
+        return text
     with np.load(samples) as file:
         meta = json.loads(str(file["meta"]))
     if meta["device"] == "cpu" or torch.cuda.is_available():

@@ -199,7 +199,9 @@ def main(args):
         openvino_dit.check(args)
     print(f"{machine(args.device)}; {args.dtype}, TF32 off; ", end="")
     print(f"batch {args.batch_size}, doubled by guidance; medians of {args.rounds} rounds")
+    torch._dynamo.config.recompile_limit = 64  # contenders share one code: none is to run eager
     for name in args.models:
+        torch.compiler.reset()  # else this model's sizes would be symbols after another's
         with torch.no_grad():
             runs = contenders(name, args)
         for run in runs.values():  # the first steps compile, and take longer

@@ -82,7 +82,8 @@ def plan(args):
     tables = {key: rows[key] for key in TABLES if key in args.only}
     every = sorted({row for table in tables.values() for row in table}, key=str)
     sweep = Sweep(args)
-    for row in every or [Row(at, (), "full")]:
+    of_gradient = [Row(at, (), "full")] if "gradient" in tables else []
+    for row in every + of_gradient:
         sweep.calibrate(row)
     for steps in sorted({row.steps for row in every}):
         sweep.sample(sweep.run(steps), "fp", steps, ["--fp"])

@@ -55,6 +55,17 @@ def test_table_has_a_row_for_each_contender():
     assert re.search(r"\| W8A8 \| [\d.]+ \| [\d.]+ \|", result.stdout)
 
 
+def test_ratios_are_over_full_precision(monkeypatch, capsys):
+    """Half the time is 0.50; medians of the rounds."""
+    script = load_script("benchmarks/sampling")
+    times = {script.FULL: iter([9.0, 2.0, 4.0, 3.0]), "W8A8": iter([9.0, 1.0, 2.0, 1.5])}
+    monkeypatch.setattr(script, "contenders", lambda name, args: {label: label for label in times})
+    monkeypatch.setattr(script, "seconds", lambda label, args: next(times[label]))
+    monkeypatch.setattr(sys, "argv", ["sampling.py", "--models", "demo", "--rounds", "3"])
+    script.main(script.parse_args())
+    assert "| W8A8 | 1500.00 | 0.50 |" in capsys.readouterr().out
+
+
 SCRIPTS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py"))
            if "__main__" in path.read_text()]  # fmt: skip
 

@@ -168,6 +168,12 @@ def test_a_method_that_was_killed_is_told_to_be_resumed(monkeypatch, tmp_path):
     for job in comparison.stages[2]:
         comparison.perform(job)
     assert [name for name, resumed in found.items() if resumed] == ["03 w6a6_plus"]
+    found.clear()
+    (comparison.run / "quant_w8a8_plus.pt").touch()  # it went on when the sweep was killed
+    for job in comparison.stages[2]:
+        comparison.perform(job)
+    names = [name for name, resumed in found.items() if resumed]
+    assert names == ["03 w8a8_plus", "03 w6a6_plus"]
 
 
 def test_a_process_is_charged_for_its_own_memory_and_processor_alone(tmp_path):
@@ -341,6 +347,29 @@ def made(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(dict(cpu_seconds=11.0, peak_mib=300.0)))
     return comparison, {40: one}, dict(released=released, own=own)
+
+
+def test_what_is_measured_of_a_model_is_its_own(tiny_run, tmp_path, monkeypatch):
+    """Time over the unit of its own job, rows of its quant file; samples of another are refused."""
+    flags = ["--name", "run", "--runs", tmp_path, "--rows", 40]
+    comparison = contenders.Comparison(options(monkeypatch, *flags))
+    shutil.copytree(tiny_run, comparison.run)
+    names = {name: f"{name}_w6a6{end}" for name, end in (("quant", ".pt"), ("samples", ".npz"))}
+    for name in names.values():
+        (comparison.run / name).rename(comparison.run / name.replace("w6a6", "w6a6_tqdit"))
+    record = dict(command="03", seconds=9.0, cpu_seconds=8.0, unit_seconds=2.0, peak_mib=5.0)
+    (comparison.run / "jobs").mkdir()
+    path = comparison.run / "jobs" / "03 w6a6_tqdit.json"
+    path.write_text(json.dumps(record | dict(resumed=False)))
+    made = SimpleNamespace(num_images=6, against=lambda *paths: dict(files=[p.name for p in paths]))
+    found = contenders.measure(comparison, made, Model("tqdit", (6, 6)))
+    passes = (9.0 if torch.cuda.is_available() else 8.0) / 2
+    assert (found["passes"], found["rows"], found["gradients"]) == (passes, 320, True)
+    assert found["files"] == ["samples_w6a6_tqdit.npz", "samples_fp.npz"]
+    quant = comparison.run / "quant_w6a6_tqdit.pt"
+    torch.save(torch.load(quant, weights_only=True) | dict(torch="another"), quant)
+    with pytest.raises(InputError, match="delete it"):
+        contenders.measure(comparison, made, Model("tqdit", (6, 6)))
 
 
 # ------------------------------------------------------------------------------------------------

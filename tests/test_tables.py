@@ -71,6 +71,8 @@ def test_only_leaves_the_other_tables_out(monkeypatch):
     assert sum(map(len, plan.stages)) == 2 + 4 + 5  # one calibration set; FP is sampled too
     plan, _ = tables.plan(options(monkeypatch, *flags, "gradient"))
     assert [len(stage) for stage in plan.stages] == [1, 1, 0, 0]
+    plan, _ = tables.plan(options(monkeypatch, "--steps", "50", *flags[1:], "models", "gradient"))
+    assert {job.run.name for job in plan.stages[1]} == {"T50_seed0", "T250_seed0"}
 
 
 def test_a_failed_job_stops_the_sweep_and_leaves_no_record(tmp_path):
@@ -85,6 +87,24 @@ def test_a_failed_job_stops_the_sweep_and_leaves_no_record(tmp_path):
     assert json.loads(good.path("json").read_text()).keys() == {
         "command", "seconds", "cpu_seconds", "peak_mib",
     }  # fmt: skip
+
+
+def test_models_of_other_flags_are_not_taken(tmp_path):
+    """A record of other rows is no record of this job; the folder and the machine do not count."""
+
+    def job(flags, run=tmp_path):
+        command = f"03_quantize.py --wbits 6 {flags} --run {run}".split()
+        return jobs.Job(tmp_path, "03 x", command, 1)
+
+    assert not job("--rows 10").is_done()
+    job("").path("json").parent.mkdir()
+    text = json.dumps(dict(command=" ".join(job("--rows 10").command)))
+    job("").path("json").write_text(text)
+    assert job("--rows 10").is_done() and job("--rows 10", "elsewhere").is_done()
+    assert job("--compile --rows 10 --batch-size 400").is_done()
+    for flags in ("--rows 320", "--rows 10 --compiler", ""):
+        with pytest.raises(InputError, match="03 x.json is of .*--rows 10"):
+            job(flags).is_done()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -257,6 +277,44 @@ def test_weighted_errors_are_averaged_over_the_calibration_sets(monkeypatch):
         share == "| share in base | 38% | 62% | 100% |" and base == "| base | 1.00 | 1.00 | 1.00 |"
     )
     assert ho == "| ho | 0.75 | 0.75 | 0.81 |"
+
+
+def test_changes_are_from_the_row_before(monkeypatch):
+    """PSNR of 20, 21, 23 and 26 dB, Frechet distances of 4, 3, 2 and 1: what is better has a plus
+    sign in PSNR, and a minus sign in distance; last the whole method, from the first row."""
+    levels = dict(base=(20, 4.0), ho=(21, 3.0), ho_mrq=(23, 2.0), full=(26, 1.0), tensor=(25, 1.5))
+    rows = [Row(100, (6, 6), tag, seed) for tag in levels for seed in (0, 1)]
+    origin = dict(num_images=4, steps=100, rows=320, rounds=1, calibration_seed=0, image_seed=0)
+    found = {row: origin | dict(snr=1.0, psnr=1.0, fd=levels[row.tag][1]) for row in rows}
+    plan = SimpleNamespace(
+        args=SimpleNamespace(ablation_steps=100), run=lambda T: Path("fp"), run_of=lambda row: row
+    )
+    monkeypatch.setattr(page, "samples_path", lambda sweep, row: row)
+    made = SimpleNamespace(
+        psnr=lambda row, twin: levels[row.tag][0] + np.arange(4.0),
+        drawn_fd=lambda row: levels[row.tag][1] + np.zeros(9),
+        interval=lambda gains: [gains.min(), gains.max()],
+    )
+    lines = page.rung_lines(plan, made, rows, found, (6, 6))
+    gains = [line[5:7] for line in lines]
+    wanted = ["", ""], [1, -1], [2, -1], [3, -1], [-1, 0.5], [6, -3]
+    assert gains[0] == wanted[0] and lines[-1][0] == "full, from base"
+    for gain, (psnr, fd) in zip(gains[1:], wanted[1:], strict=True):
+        assert gain == [page.ranged(psnr, [psnr, psnr]), page.ranged(fd, [fd, fd], 3)]
+
+
+def test_a_sweep_of_one_t_names_the_machine_of_its_own_images(monkeypatch, tmp_path):
+    """--only models --steps 10: there are no images at the T of the other tables."""
+    monkeypatch.setattr(page, "models_section", lambda *_: [])
+    monkeypatch.setattr(page, "phase_section", lambda *_: [])
+    flags = ["--runs", str(tmp_path), "--steps", "10", "--only", "models"]
+    plan, rows = tables.plan(options(monkeypatch, *flags))
+    plan.run(10).mkdir(parents=True)
+    meta = json.dumps(dict(device="NVIDIA H200", torch="2.11"))
+    np.savez(plan.run(10) / "samples_fp.npz", meta=np.array(meta))
+    text, _ = page.render(plan, None, rows, {})
+    assert ("sampled on an NVIDIA H200" in text) != torch.cuda.is_available()
+    assert "torch" in page.render(plan, None, dict(models=[]), {})[0]
 
 
 def test_softmax_scales_are_exponents_below_the_largest(monkeypatch):
