@@ -126,12 +126,12 @@ def main(args):  # Alg. 1 line 9
         if not missing:
             return parts.clear()  # a run killed after its last write left them
         print(f"but {missing[0]} is missing: all are made again")
-    model = explicit_products(load_calibrated(calib))
     for file in files:
         check_place(file)
+    parts.claim()
+    model = explicit_products(load_calibrated(calib))
     rows, diffusion = calib["calibration"], Diffusion(calib["settings"]["steps"])
     eps, x_t = noise_and_inputs(rows, diffusion, args.eps, calib["settings"]["seed"])
-    parts.claim()
     parts.clear(others_only=True)  # whose unit files this run is about to replace
     last.unlink(missing_ok=True)
     if not can_resume(parts, files):

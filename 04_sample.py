@@ -68,8 +68,7 @@ def check(args):
     at_least(1, args, "steps", "num_images", "batch_size")
     if args.steps and args.steps > TRAIN_TIMESTEPS:
         raise InputError(f"--steps {args.steps}: T must be 1..{TRAIN_TIMESTEPS}")
-    if min(args.first, args.seed) < 0:
-        raise InputError("--first and --seed must not be negative")
+    at_least(0, args, "first", "seed")
     if args.first + args.num_images > 10**8:
         raise InputError("--first and --num-images: the last image must be below 100 million")
 
@@ -117,20 +116,21 @@ def main(args):
     check_labels(classes, model.num_classes, "--classes")
     indices = torch.arange(args.first, args.first + args.num_images)
     labels = classes[indices % len(classes)]
+    if group.agree(settings) != settings:
+        raise InputError("machines that fold MRQ to other bits: --engine int8, or machines alike")
     inputs = inputs | local_vae(settings["vae"], args.vae_path)
     head = provenance("samples", settings, inputs, device)
     path = args.run / f"samples_{name}.npz"
     parts = Parts(path, head, args.batch_size)
     if samples_up_to_date(path, head, args.force):
         return parts.clear()  # a run killed after its last write left them
-    vae = settings["vae"]
+    batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size), strict=True))
+    mine, vae = group.share(parts, range(len(batches))), settings["vae"]
     vae = None if vae == "none" else load_vae(vae, args.vae_path).to(device)
     diffusion = make_diffusion(sampling.get("noise"), settings["steps"], device)  # PTQD's, or plain
     model = model.to(device)
     if args.compile:
         model.compile(mode=compile_mode(device))
-    batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size), strict=True))
-    mine = group.share(parts, range(len(batches)))
     total = len(mine) * (diffusion.num_timesteps + 1)
     with group.bar(total=total, desc=f"04 {path.stem}", unit="step") as bar:
         for i in mine:

@@ -12,7 +12,7 @@ import torch
 
 from common.artifacts import atomic_write, cannot_write, load_tensors
 from common.errors import InputError
-from common.locks import take
+from common.locks import is_held, make, take
 from common.source import source_digest
 
 
@@ -53,22 +53,14 @@ class Parts:
         if self.release:
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for folder in self.folders():
-                with suppress(FileNotFoundError):  # its run has just ended
-                    self.claim_folder(folder)
+            handle = make(self.folder)
         except OSError as error:
             raise cannot_write(self.folder, error) from error
-
-    def claim_folder(self, folder):
-        """Hold it if it is ours; InputError if another run holds it."""
-        handle = take(folder)
-        if handle is None:
+        if handle is None or any(is_held(x) for x in self.folders() if x != self.folder):
+            if handle is not None:
+                give_back(handle, self.folder)
             raise InputError(f"another run is making {self.whole}: let it finish, or stop it")
-        if folder == self.folder:
-            self.release = weakref.finalize(self, give_back, handle, folder)
-        else:
-            os.close(handle)
+        self.release = weakref.finalize(self, give_back, handle, self.folder)
 
     def clear(self, others_only=False):
         """Remove the pieces of the whole, now written, and those of runs given up before, but not

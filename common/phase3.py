@@ -63,8 +63,10 @@ class Phase3:
         settings = settings | {"sampling": {key: self.calib["settings"][key] for key in SAMPLING}}
         inputs = {"calib": self.calib["sha256"], **self.calib["inputs"]}
         if gradients:
-            settings |= load_grads(run, "embed", self.calib)["settings"]  # written last
-            inputs["grads"] = artifacts.sha256_of(run / "grads" / "embed.pt")
+            last = run / "grads" / "embed.pt"  # it is written last
+            how = last, lambda _: load_grads(run, "embed", self.calib)
+            unit, inputs["grads"] = artifacts.load_hashed(*how)
+            settings |= unit["settings"]
         self.gradients, self.quantized = gradients, None
         head = artifacts.provenance("quant", settings, inputs, machine.device)
         self.head = head | dict(method=method)
@@ -77,8 +79,14 @@ class Phase3:
         if done:
             self.parts.clear()  # a run killed after its last write left them
         else:
+            self.claim()
             self.model = explicit_products(load_calibrated(self.calib))
         return done
+
+    def claim(self):
+        """From here on no other run makes this file."""
+        if self.group.rank == 0:
+            self.parts.claim()
 
     def units(self, names=None):
         """Yields this process's share of all units, or of these, each on the device meanwhile, once
@@ -139,6 +147,7 @@ class Phase3:
         """Go through all units once more, for a method of several rounds; each keeps parts of its
         own, and its `quantized_inputs` are its own units'."""
         self.parts = Parts(self.path, self.head, round_number)
+        self.claim()
         self.quantized = None
 
     def save(self, unit, done):

@@ -46,13 +46,17 @@ def load_units(run, names, model, calib, rows, batch_size, device, gradients=Tru
     tuples = calib["calibration"]
     wanted = rows_to_search(calib, rows)
     if gradients:
-        inputs = [x[wanted] for x in load_grads(run, "embed", calib)["unit_inputs"]]
+        first = load_grads(run, "embed", calib)
+        inputs = [x[wanted] for x in first["unit_inputs"]]
     else:
         inputs = first_inputs(calib, wanted)
     left = set(names)
     for name in units(model):
         if name in left:
-            grads = load_grads(run, name, calib)["unit_grads"] if gradients else []
+            unit = load_grads(run, name, calib) if gradients else dict(unit_grads=[])
+            if gradients and unit["settings"] != first["settings"]:
+                raise InputError(f"{run}/grads were replaced meanwhile: run again")
+            grads = unit["unit_grads"]
             grads = [pinned(x[wanted], device) for x in grads]
             here = [pinned(x, device) for x in inputs]
             yield Unit(name, here, grads, tuples["group"][wanted])

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_in_process
+from conftest import load_script, refused, run_in_process
 
 import engine.int8_linear as e
 import quant_ops as q
 from common import quant_file
+from common.distributed import ProcessGroup
 from common.int8_engine import Int8Engine
 from common.quantizers import DynamicQuantizer
 from engine import cpu_products
@@ -285,6 +286,16 @@ def test_images_of_a_folded_model_say_how_many_bits_it_has(
     assert run_here("04_sample", *flags, "int8", "--force").returncode == 0
     with np.load(tmp_path / "samples_w6a6.npz") as file:
         assert "folded_bits" not in str(file["meta"])
+
+
+def test_processes_that_fold_to_other_bits_are_refused(tiny_run, tmp_path, monkeypatch, run_here):
+    """Their images would be of two models."""
+    shutil.copy(tiny_run / "quant_w6a6.pt", tmp_path)
+    group = ProcessGroup(0, 1)
+    group.agree = lambda settings: settings | dict(folded_bits=[1])
+    monkeypatch.setattr(load_script("04_sample"), "join_process_group", lambda: group)
+    flags = f"--run {tmp_path} --wbits 6 --abits 6 --num-images 2 --engine int8-folded".split()
+    refused(run_here("04_sample", *flags), "machines that fold MRQ to other bits")
 
 
 @pytest.mark.parametrize("key", ["view", "shift", "low_rank", "regroup", "hadamard"])

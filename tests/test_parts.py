@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FLAGS, ROOT, leftovers, load_script, refused, tiny_flags
 
+from common import locks
 from common.artifacts import load_hashed, sha256_of
 from common.errors import InputError
 from common.parts import Parts
@@ -66,6 +67,61 @@ def test_a_killed_run_holds_nothing(tmp_path):
     assert again.load("x") == 1
 
 
+def test_a_folder_that_is_removed_just_then_is_made_again(tmp_path, monkeypatch):
+    """Before it is opened, and before it is locked, by a run that clears what it has made."""
+    real, done = locks.take, []
+
+    def take(folder):
+        done.append(folder)
+        if len(done) == 1:
+            folder.rmdir()
+        handle = real(folder)
+        if len(done) == 2:
+            folder.rmdir()
+        return handle
+
+    monkeypatch.setattr(locks, "take", take)
+    here = parts(tmp_path / "a.pt")
+    here.claim()
+    assert len(done) == 3 and here.folder.is_dir()
+    with pytest.raises(InputError, match="another run"):
+        parts(tmp_path / "a.pt", rounds=1).claim()
+    assert len(here.folders()) == 1
+
+
+@pytest.mark.parametrize("script, at", [
+    ("methods/tcaqdm", "aligned"), ("methods/qdit", "group_sizes"),
+])  # fmt: skip
+def test_what_comes_before_a_method_s_units_is_held_too(
+    script, at, tiny_run, tmp_path, monkeypatch, run_here
+):
+    """Sampling between rounds, the search of group sizes: no other run may make the file."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    name, module = f"quant_w4a4_{script.partition('/')[2]}.pt", load_script(script)
+    real, held = getattr(module, at), []
+
+    def asked(*args):
+        with pytest.raises(InputError, match="another run is making"):
+            parts(run / name, rounds=1).claim()
+        held.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(module, at, asked)
+    more = "--weight-iterations 1 --scale-iterations 1 --par-rounds 1" * (at == "aligned")
+    flags = f"--run {run} --wbits 4 --abits 4 --rows 6 {more}".split()
+    assert run_here(script, *flags).returncode == 0 and held and not leftovers(run)
+
+
+def test_gradients_that_are_replaced_meanwhile_are_refused(tiny_run, tmp_path, run_here):
+    """A unit's file of another eps than the embedder's."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    path = run / "grads" / "final.pt"
+    unit = torch.load(path, weights_only=True)
+    torch.save(unit | dict(settings=dict(eps="renoise")), path)
+    flags = [*tiny_flags("03_quantize", run, None), "--force"]
+    refused(run_here("03_quantize", *flags), "grads were replaced meanwhile")
+
+
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_phase_leaves_another_run_of_it_alone(name, tiny_run, tiny_ckpt, tmp_path, run_here):
     """Beside a run with other settings: up to date is told and removes nothing of it; a result that
@@ -105,7 +161,9 @@ def test_samples_of_a_quant_file_that_is_replaced_meanwhile_name_the_old_one(
 
     def build(artifact, *_):
         torch.save(artifact | dict(torch="another"), path)
-        return torch.nn.Identity()
+        model = torch.nn.Identity()
+        model.folded = {}
+        return model
 
     monkeypatch.setattr(script, "build", build)
     old = sha256_of(path)
