@@ -2,7 +2,6 @@
 
 Runs 03_quantize.py and the scripts of methods/ on one calib.pt, samples every model and writes what
 it found into results.json, a section of methods.md and a picture, in --out; other sections stay.
-methods.png shows, for each width, the section with the most methods and images at this T.
 Progress is kept in --runs: a stopped sweep goes on where it was, a larger N adds images to those
 that are there. On a CPU each core works on a job of its own.
 
@@ -15,13 +14,12 @@ To do a method again, delete what is left of it, RUN/*NAME* and RUN/jobs/*NAME*.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
 from tqdm import tqdm
 
-from compare_page import INTRODUCTION, draw, most_images, picture_name, render
+from compare_page import INTRODUCTION, draw, picture_name, render
 from contenders import (
     LAYERS, MAIN, METHODS, WIDTHS, Comparison, Model, full_precision, measure, own_model,
 )  # fmt: skip
@@ -127,8 +125,6 @@ def main(args):
         write_section(args.out / "methods.md", args.name, text, INTRODUCTION)
         if "released" in found:
             save(args.out / picture_name(comparison), draw(found["released"]))
-            known = json.loads((args.out / "results.json").read_text())
-            save(args.out / "methods.png", draw(most_images(known, args.steps)))
         print(f"wrote {args.out}/methods.md and results.json: {len(entries)} models")
     if comparison.failed:
         raise InputError(f"failed: {', '.join(comparison.failed)}; RUN/jobs/*.log say why")

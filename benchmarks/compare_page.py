@@ -247,22 +247,6 @@ def name_lines(ax, ends, at, gap):
         ax.text(at, place, METHODS[method].label, va="center", size=9.5)
 
 
-def most_images(results, steps):
-    """What results.json knows of the same layers' models, by Model: for each width the section with
-    the most methods and, of such, the most images, at this T."""
-
-    def size(rows):
-        return len({row["method"] for row in rows}), rows[0]["num_images"] if rows else 0
-
-    best = dict.fromkeys(WIDTHS.values(), [])
-    for section in results.values():
-        known = [row for row in section["rows"] if row.get("layers") == "released"]
-        for bits in best:
-            rows = [row for row in known if (*row["bits"],) == bits and row["steps"] == steps]
-            best[bits] = max(best[bits], rows, key=size)
-    return {Model(row["method"], bits): row for bits, rows in best.items() for row in rows}
-
-
 def draw(found):
     """FD ratio by width, a line a method, with intervals; each line's name stands at its end."""
     widths, ends = widths_of(found), {}
