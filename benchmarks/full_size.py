@@ -161,8 +161,8 @@ PHASES = [
 def perform(phase, folder, mirror):
     """Run it, unless that is done; what it took, as kept in a file beside its log."""
     files = {name: folder / "files" / name for name in (REFERENCE, INCEPTION)}
-    flags = [files.get(word, word) for word in phase.command.split()]
-    job = Job(folder / "run", phase.name, [*flags, "--run", folder / "run"], None)
+    words = [str(files.get(word, word)) for word in phase.command.split()]
+    job = Job(folder / "run", phase.name, [*words, "--run", str(folder / "run")], None)
     if not job.is_done():
         started = job.path("log").exists()
         job.path("log").parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,8 @@ def perform(phase, folder, mirror):
         if used.status:
             raise InputError(f"{phase.command} failed: see {job.path('log')}")
         with atomic_write(job.path("json")) as file:
-            file.write(json.dumps(used._asdict() | dict(resumed=started)).encode())
+            found = used._asdict() | dict(command=" ".join(job.command), resumed=started)
+            file.write(json.dumps(found).encode())
     return json.loads(job.path("json").read_text())
 
 

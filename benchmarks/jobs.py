@@ -41,7 +41,8 @@ class Job(NamedTuple):
         record = self.path("json")
         if not record.exists():
             return False
-        was, now = json.loads(record.read_text())["command"], " ".join(self.command)
+        was = json.loads(record.read_text()).get("command", "something else")
+        now = " ".join(self.command)
         if asked(was) != asked(now):
             raise InputError(f"{record} is of `{was}`, not `{now}`: give another --name")
         return True
