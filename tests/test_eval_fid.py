@@ -72,6 +72,12 @@ def naive_coverage(points, centres, k=3):
     return np.mean([any(gap(p - c) <= radius for c, radius in balls) for p in points])
 
 
+def test_inception_score_is_of_adms_splits_of_5000():
+    """By default: each split is of one class here, 1; of both together it would be 2."""
+    logits = 1000.0 * torch.eye(2).repeat_interleave(5000, dim=0)
+    assert inception_score(logits) == pytest.approx(1)
+
+
 def test_coverage_equals_the_naive_loop():
     """Blocks smaller than the sets, sets of different sizes and spreads."""
     points, centres = rng().normal(size=(23, 3)) * 1.5, rng(1).normal(size=(17, 3))
@@ -471,6 +477,19 @@ def test_samples_replaced_while_others_are_scored_are_refused(run, evaluate, mon
 def test_nothing_temporary_is_left(run, evaluate):
     """No folder of features stays behind."""
     assert evaluate(run).returncode == 0 and not leftovers(run)
+
+
+OTHERWISE = dict(first=12, steps=5, cfg_scale=4.0, cfg_channels=1, vae="mse")
+
+
+@pytest.mark.parametrize("key", OTHERWISE)
+def test_images_sampled_otherwise_do_not_pair_up(key, run, evaluate):
+    """No PSNR where full precision was sampled with another setting; the note names it."""
+    images = np.load(run / "samples_w8a8.npz")["arr_0"]
+    save_samples(run / "samples_w8a8.npz", images, **{key: OTHERWISE[key]})
+    assert evaluate(run).returncode == 0
+    row = rows_of(run)["w8a8"]
+    assert row["psnr"] is None and f"no PSNR: {key} not as in" in row["note"]
 
 
 @pytest.mark.parametrize("key", ["checkpoint", "vae"])

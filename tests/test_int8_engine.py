@@ -327,6 +327,28 @@ def test_time_groups_have_zero_points_of_their_own():
         assert (layer(x, group) - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize("kind, a_bits, largest, taken", [
+    ("uniform", 8, 64, True), ("uniform", 8, -64, True),  # 2 * 64 * 255 fits in 16 bits
+    ("uniform", 8, 65, False), ("uniform", 8, -65, False), ("uniform", 8, -128, False),
+    ("uniform", 7, -128, True), ("gelu", 8, 127, True), ("gelu", 8, -128, False),
+])  # fmt: skip
+def test_largest_codes_of_either_sign_decide(monkeypatch, kind, a_bits, largest, taken):
+    """Where pairs are added in 16 bits, a layer is on integers just as far as a pair fits."""
+    monkeypatch.setattr(e, "pair_limit", lambda: cpu_products.SATURATING)
+    v = torch.zeros(16, 64, dtype=torch.int8)
+    v[3, 5] = largest
+    assert (e.why_not(v, quantizer(kind, a_bits, torch.tensor(1.0))) == "") is taken
+
+
+@pytest.mark.parametrize("zero_point", [126, 127, 128, 129])
+def test_weight_codes_less_their_zero_point_are_held(zero_point):
+    """v less its correction is q - z for every code 0..255; 128 is no int8."""
+    codes = torch.arange(256, dtype=torch.uint8)[None]
+    v, correction = e.signed_weight(codes, torch.tensor([[zero_point]], dtype=torch.uint8), 8)
+    found = v.float() - (0 if correction is None else correction[:, None])
+    assert torch.equal(found, codes.float() - zero_point)
+
+
 def test_too_many_inputs_for_int32_stay_in_floating_point(monkeypatch):
     """The printed line says so."""
     monkeypatch.setattr(e, "MAX_INPUTS", 200)

@@ -29,6 +29,18 @@ def test_search_on_integers_chooses_what_the_plain_search_chooses(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_weight_with_one_scale_has_one_loss_on_integers(monkeypatch):
+    """D5: of a weight with one scale for all channels the search on integers chooses one."""
+    if not int_products.int_mm_is_exact():
+        pytest.skip("oneDNN is told to do without VNNI, and saturates")
+    monkeypatch.setattr(int_losses, "has_int_unit", lambda device: True)
+    W, _, Q_X, _, data = search_case(6, gelu=False, by_group=False)
+    loss, (_, tried) = q.WeightLoss(W, Q_X), q.uniform_candidates(*W.aminmax(), 6)
+    assert isinstance(int_losses.on_integers(loss, tried, data), int_losses.IntWeightLoss)
+    found, expected = (search(tried, data, loss) for search in (FastSearch(), q.search))
+    assert torch.equal(found.scale, expected.scale)
+
+
 PRODUCTS = {"int8": int_losses.INT_MM, "u8s8": int_losses._u8s8(32)}  # a region's largest code
 
 

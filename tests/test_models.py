@@ -186,3 +186,11 @@ def test_noise_of_an_image_depends_on_its_seed_and_index_only():
         assert len(noise.flatten(1).unique(dim=0)) == 64
     first = [m.image_generators(*key)[0] for key in ((7, [3]), (8, [3]), (7, [4]), (7, [3], 1))]
     assert len(m.draw_noise(first, (3,), "cpu").unique(dim=0)) == 4
+
+
+@pytest.mark.parametrize("t", [1, 2, 9])
+def test_variance_is_beta_where_none_is_learned(t):
+    """Of a network without `learn_sigma`: the larger of its two ends."""
+    out, x = torch.randn(2, 1, 2, 3, 3)
+    _, log_var = m.Diffusion(10).p_mean_log_var(out, x, torch.tensor([t]))
+    assert log_var.item() == pytest.approx(schedule(10, t)[0].log().item(), rel=1e-5)

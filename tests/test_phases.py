@@ -27,9 +27,9 @@ from common.errors import InputError
 from common.offload import unit_on, units
 from common.phase3 import Machine, Phase3
 from common.quant_file import make_quantizer, unpack_weight
-from common.report import signal_to_noise
+from common.report import print_report, signal_to_noise
 from common.trajectories import STREAM
-from common.unit_data import load_units, spread_rows
+from common.unit_data import load_units, rows_to_search, spread_rows
 
 PHASE1, PHASE2 = load_script("01_collect_calib"), load_script("02_grad_cache")
 PHASE3 = load_script("03_quantize")
@@ -56,6 +56,25 @@ def found_units(run, names, model, calib, rows=None):
 
 # ------------------------------------------------------------------------------------------------
 # Phase 1
+
+
+@torch.no_grad()
+def test_noise_of_phases_1_and_2_follows_from_the_seed(tiny_ckpt, tmp_path):
+    """--seed 3: x_0 of a trajectory behind the first batch, sampled again; renoise's own stream."""
+    flags = [*tiny_flags("01_collect_calib", tmp_path, tiny_ckpt), "--seed", 3, "--cfg-scale", 1]
+    assert run_in_process("01_collect_calib", *flags).returncode == 0
+    with torch.enable_grad():
+        log = run_in_process("02_grad_cache", "--run", tmp_path, "--eps", "renoise")
+    assert log.returncode == 0, log.stderr
+    calib, model = opened(tmp_path)
+    diffusion, rows, held = m.Diffusion(6), calib["calibration"], calib["validation"]
+    generators = m.image_generators(3, held["trajectory"][:1].tolist(), STREAM)
+    x_0 = dict(m.trajectory(model, diffusion, held["y"][:1], generators, 1))[-1]
+    torch.testing.assert_close(held["x_0"][:1], x_0, rtol=1e-3, atol=1e-3)
+    generators = m.image_generators(3, range(len(rows["t"])), 2)  # 0: images, 1: trajectories
+    eps = m.draw_noise(generators, rows["x"].shape[1:], "cpu")
+    x_t = load_artifact(tmp_path / "grads" / "embed.pt", "grads", "")["unit_inputs"][0]
+    torch.testing.assert_close(x_t, diffusion.q_sample(rows["x_0"], rows["t"], eps))
 
 
 def draw(null_label=5):
@@ -219,6 +238,32 @@ def test_units_take_a_stratified_subset(tiny_run):
     unit = found_units(tiny_run, ["final"], model, calib, rows=6)["final"]
     assert unit.groups.bincount().tolist() == [2, 2, 2]
     assert all(len(x) == 6 for x in (*unit.inputs, *unit.grads))
+
+
+def test_units_take_the_rows_asked_for(tiny_run):
+    """--rows: inputs and gradients are those of the same rows of the whole set."""
+    calib, model = opened(tiny_run)
+    wanted = rows_to_search(calib, 6)
+    for name in ("embed", "final"):
+        some, every = (found_units(tiny_run, [name], model, calib, n)[name] for n in (6, None))
+        pairs = zip(some.inputs + some.grads, every.inputs + every.grads, strict=True)
+        for x, whole in pairs:
+            torch.testing.assert_close(x, whole[wanted], rtol=1e-4, atol=1e-4)
+
+
+def test_data_of_the_patch_embedding_are_those_of_its_patches(tiny_run):
+    """Gradients of a convolution have a row for each patch; D2's fallback knows its channels."""
+    calib, model = opened(tiny_run)
+    unit, proj = found_units(tiny_run, ["embed"], model, calib)["embed"], model.x_embedder.proj
+    unit.grads[0][..., 1] = 0
+    with unit_on(model, "embed", "cpu") as function:
+        grad, *_ = d.capture(function, proj, unit, 5, CPU)
+        data = d.layer_data(function, proj, unit, 5, None, CPU)
+    width = grad.shape[1]
+    assert f"1 of {width} output channels" in data.note
+    found, expected = torch.cat([c.grad for c in data]), grad.permute(0, 2, 3, 1).flatten(0, 2)
+    others = torch.arange(width) != 1
+    assert torch.equal(found[:, others], expected[:, others]) and (found[:, 1] > 0).all()
 
 
 def test_units_skipped_are_passed_through(tiny_run):
@@ -531,9 +576,15 @@ def test_signal_to_noise_equals_the_definition(tiny_run):
     weight = diffusion.sensitivity()[rows["t"]]
     expected = 10 * torch.log10((weight * signal).sum() / (weight * noise).sum())
     assert report["snr_weighted"] == pytest.approx(expected.item(), abs=0.01)
-    last = rows["group"] == calib["settings"]["groups"] - 1
-    expected = 10 * torch.log10(signal[last].sum() / noise[last].sum())
-    assert report["snr_per_group"][-1] == pytest.approx(expected.item(), abs=0.01)
+    for i, found in enumerate(report["snr_per_group"]):
+        mine = (rows["group"] == i) & (told > 0)  # at 0 there is no error here
+        expected = 10 * torch.log10(signal[rows["group"] == i].sum() / noise[mine].sum())
+        assert found == pytest.approx(expected.item(), abs=0.01)
+
+
+def test_report_names_the_costliest_layers_first(capsys):
+    print_report(dict(snr_per_group=[1.0], snr_weighted=1.0, costs=dict(a=1.0, b=3.0)))
+    assert capsys.readouterr().out.endswith("b 75%, a 25%\n")
 
 
 def test_signal_to_noise_of_no_number_is_none(tiny_run):

@@ -216,6 +216,17 @@ def test_seed_draws_other_noise_for_every_image(tiny_run, tmp_path, run_here):
     assert np.abs(arrays(tmp_path)[0] - arrays(tiny_run)[0]).mean((1, 2, 3)).min() > 1
 
 
+def test_classes_are_taken_in_turn(tiny_run, tmp_path, run_here):
+    """04 --classes 3 1: image 0 is of class 3, so another; image 1 is of class 1 as before."""
+    shutil.copy(tiny_run / "quant_w6a6.pt", tmp_path)
+    flags = f"--run {tmp_path} --wbits 6 --abits 6 --num-images 3 --classes 3 1"
+    assert run_here("04_sample", *flags.split()).returncode == 0
+    (images, labels), (before, _) = arrays(tmp_path), arrays(tiny_run)
+    assert labels.tolist() == [3, 1, 3]
+    assert same_images(images[1:2], before[1:2], few_differ=True)
+    assert np.abs(images[0] - before[0]).mean() > 1
+
+
 def test_bf16_is_near_fp32_and_not_equal(tiny_run, tmp_path, run_here):
     """04 --dtype bf16 reaches the network."""
     (tmp_path / "calib.pt").symlink_to(tiny_run / "calib.pt")

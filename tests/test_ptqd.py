@@ -87,22 +87,26 @@ def lively(seed, **changes):
     return model
 
 
-@pytest.mark.parametrize("cfg_scale, learn_sigma", [(1.0, True), (1.5, True), (1.5, False)])
-def test_measure_compares_on_full_precision_trajectories(cfg_scale, learn_sigma):
-    """Both networks see the x_t that full precision samples; eps is the one after guidance."""
+@pytest.mark.parametrize("cfg_scale, learn_sigma, channels", [
+    (1.0, True, 3), (1.5, True, 3), (1.5, False, 3), (1.5, True, 2),
+])  # fmt: skip
+def test_measure_compares_on_full_precision_trajectories(cfg_scale, learn_sigma, channels):
+    """Both networks see the x_t that full precision samples; eps is the one after guidance, of so
+    many channels."""
     model, other = (lively(i, learn_sigma=learn_sigma) for i in (0, 1))
     diffusion, indices = Diffusion(4), [3, 4, 5]
-    settings = dict(seed=7, cfg_scale=cfg_scale, cfg_channels=3)
+    guidance = cfg_scale, channels
+    settings = dict(seed=7, cfg_scale=cfg_scale, cfg_channels=channels)
     found = measure(model, other, diffusion, indices, settings, tqdm(disable=True))
     y, null = torch.tensor([3, 4, 0]), torch.full((3,), 5)
-    steps = trajectory(model, diffusion, y, image_generators(7, indices, STREAM), cfg_scale)
+    steps = trajectory(model, diffusion, y, image_generators(7, indices, STREAM), *guidance)
     for t, x in list(steps)[:-1]:
         told = diffusion.timestep_map[t].repeat(3)
         eps = []
         for network in (model, other):
             cond, uncond = (network(x, told, label)[:, :4] for label in (y, null))
             guided = uncond + cfg_scale * (cond - uncond)
-            eps.append(torch.cat([guided[:, :3], cond[:, 3:]], dim=1))  # three channels, as DiT's
+            eps.append(torch.cat([guided[:, :channels], cond[:, channels:]], dim=1))
         expected = moments_of(eps[0].double(), (eps[1] - eps[0]).double())
         torch.testing.assert_close(found[t], expected, rtol=1e-3, atol=1e-4)
 

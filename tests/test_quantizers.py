@@ -35,11 +35,20 @@ def test_dynamic_quantizer_keeps_a_range_that_is_far_from_zero():
     assert torch.equal(z.DynamicQuantizer(8, "token")(torch.zeros(2, 4)), torch.zeros(2, 4))
 
 
+def test_dynamic_quantizer_takes_its_scales_in_float32():
+    """Of bfloat16 inputs what it gives is that of the same inputs in float32."""
+    x = torch.randn(64, 32).bfloat16()
+    Q = z.DynamicQuantizer(8, "token")
+    torch.testing.assert_close(Q(x).float(), Q(x.float()), rtol=2**-8, atol=1e-6)
+
+
 def test_log2_grid():
     """Powers of two below the scale stay; between two, the nearer exponent; below all, the last."""
     x = torch.tensor([1.0, 0.5, 0.25, 0.72, 0.70, 0.0, 1e-9])
     found = z.log2_quant(x, torch.tensor(1.0), 3)
     assert found.tolist() == [1.0, 0.5, 0.25, 1.0, 0.5, 2.0**-7, 2.0**-7]
+    x = torch.tensor([2.0**-11, 2.0**-15, 2.0**-20])
+    assert z.log2_quant(x, torch.tensor(1.0), 4).tolist() == [2.0**-11, 2.0**-15, 2.0**-15]
 
 
 def test_adaptive_quantizer_takes_the_grid_of_each_time_group():

@@ -219,6 +219,17 @@ def test_sampling_again_with_the_same_network_gives_the_same_x_t(tiny_run, tmp_p
         assert len([*parts.folder.iterdir()]) == len(kept["trajectory"].unique().split(2))
 
 
+def test_sampling_again_guides_the_channels_of_phase_1(tiny_run, tmp_path):
+    """Another cfg_channels of calib.pt, other x_t."""
+    calib, found = load_calib(tiny_run), {}
+    kept = {key: calib["calibration"][key] for key in ("trajectory", "t")}
+    for channels in (1, 3):
+        parts = Parts(tmp_path / f"{channels}.pt", dict(settings={}, inputs={}))
+        settings, model = calib["settings"] | dict(cfg_channels=channels), load_calibrated(calib)
+        found[channels] = trajectories.sample_again(model, kept, settings, parts, ALONE, CPU)
+    assert not torch.allclose(found[1], found[3], rtol=1e-2, atol=1e-2)
+
+
 def flags(run, more=""):
     tiny = "--wbits 4 --abits 4 --softmax-bits 4 --weight-iterations 4 --scale-iterations 4"
     return f"--run {run} {tiny} --weight-batch 4 --scale-batch 4 --rows 6 {more}".split()

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.vae import PixelAttention, ResnetBlock, VAEDecoder, convert_vae
+from common.images import to_uint8
+from common.vae import VAE_SCALE, PixelAttention, ResnetBlock, VAEDecoder, convert_vae
 
 TINY = dict(widths=(32, 64), layers=2)
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -99,3 +100,11 @@ def test_resnet_block_equals_its_formula(width_out):
         mix, bias = block.conv_shortcut.weight[:, :, 0, 0], block.conv_shortcut.bias
         shortcut = torch.einsum("oi,nihw->nohw", mix, x) + bias[:, None, None]
     assert torch.allclose(block(x), shortcut + h, atol=1e-4)
+
+
+def test_latents_are_divided_by_their_scale_before_they_are_decoded():
+    """Six of them, more than are decoded at a time, by a decoder that changes nothing."""
+    z, seen = torch.linspace(-1.4, 1.4, 6 * 3 * 2 * 5).view(6, 3, 2, 5), []
+    images = to_uint8(VAE_SCALE * z, lambda x: seen.append(x) or x)
+    torch.testing.assert_close(torch.cat(seen), z)
+    assert torch.equal(images, to_uint8(torch.cat(seen), None))
