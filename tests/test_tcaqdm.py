@@ -298,10 +298,12 @@ def test_par_reconstructs_on_what_the_quantized_model_samples(run, monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_run, tmp_path_factory):
-    """The bytes of the file of a run that nothing kills."""
+    """The bytes of the file of a run that nothing kills; it samples as many at a time."""
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copy(tiny_run / "calib.pt", folder)
-    quantized(folder, "--par-rounds 1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trajectories, "LOT", 2)
+        quantized(folder, "--par-rounds 1")
     return (folder / "quant_w4a4_tcaqdm.pt").read_bytes()
 
 
