@@ -108,8 +108,7 @@ def main(args):
     check(args)
     group, device, name = join_process_group(), args.device, model_name(args)
     how = args.run / f"quant_{name}.pt", args.steps, args.engine, device
-    found = full_precision(args.run) if args.fp else quantized(*how)
-    model, sampling, inputs, size = found
+    model, sampling, inputs, size = full_precision(args.run) if args.fp else quantized(*how)
     settings = {key: sampling[key] for key in SAMPLING} | {key: getattr(args, key) for key in OWN}
     settings |= dict(steps=args.steps or sampling["steps"], name=name) | sampling.get("folded", {})
     classes = torch.tensor(args.classes or range(model.num_classes))
@@ -125,8 +124,8 @@ def main(args):
     if samples_up_to_date(path, head, args.force):
         return parts.clear()  # a run killed after its last write left them
     batches = list(zip(indices.split(args.batch_size), labels.split(args.batch_size), strict=True))
-    mine, vae = group.share(parts, range(len(batches))), settings["vae"]
-    vae = None if vae == "none" else load_vae(vae, args.vae_path).to(device)
+    mine = group.share(parts, range(len(batches)))
+    vae = None if settings["vae"] == "none" else load_vae(settings["vae"], args.vae_path).to(device)
     diffusion = make_diffusion(sampling.get("noise"), settings["steps"], device)  # PTQD's, or plain
     model = model.to(device)
     if args.compile:

@@ -63,9 +63,10 @@ class Phase3:
         settings = settings | {"sampling": {key: self.calib["settings"][key] for key in SAMPLING}}
         inputs = {"calib": self.calib["sha256"], **self.calib["inputs"]}
         if gradients:
-            last = run / "grads" / "embed.pt"  # it is written last
-            how = last, lambda _: load_grads(run, "embed", self.calib)
-            unit, inputs["grads"] = artifacts.load_hashed(*how)
+            unit, inputs["grads"] = artifacts.load_hashed(
+                run / "grads" / "embed.pt",  # which is written last
+                lambda _: load_grads(run, "embed", self.calib),
+            )
             settings |= unit["settings"]
         self.gradients, self.quantized = gradients, None
         head = artifacts.provenance("quant", settings, inputs, machine.device)

@@ -21,12 +21,15 @@ class Unit(NamedTuple):
     groups: torch.Tensor
 
 
-def load_grads(run, name, calib):
-    """What Phase 2 wrote of a unit; InputError if it did so for another calib.pt."""
+def load_grads(run, name, calib, settings=None):
+    """What Phase 2 wrote of a unit; InputError if it did so for another calib.pt, or with other
+    settings than these."""
     path, made_by = run / "grads" / f"{name}.pt", "02_grad_cache.py"
     unit = artifacts.load_artifact(path, "grads", made_by, sizes_of(calib))
     if unit["inputs"]["calib"] != calib["sha256"]:
         raise InputError(f"{run}/grads is of another calib.pt: run {made_by} --force")
+    if settings and unit["settings"] != settings:
+        raise InputError(f"{run}/grads were replaced meanwhile: run again")
     if unit["unit"] != name:
         raise InputError(f"{path} is damaged: it is of {unit['unit']}; run {made_by} --force")
     return unit
@@ -44,19 +47,17 @@ def load_units(run, names, model, calib, rows, batch_size, device, gradients=Tru
     Phase 2 keeps gradients; inputs are made again by one forward pass over the rows.
     """
     tuples = calib["calibration"]
-    wanted = rows_to_search(calib, rows)
+    wanted, settings = rows_to_search(calib, rows), None
     if gradients:
         first = load_grads(run, "embed", calib)
-        inputs = [x[wanted] for x in first["unit_inputs"]]
+        inputs, settings = [x[wanted] for x in first["unit_inputs"]], first["settings"]
+        del first  # with its gradients, which are as large as a block's
     else:
         inputs = first_inputs(calib, wanted)
     left = set(names)
     for name in units(model):
         if name in left:
-            unit = load_grads(run, name, calib) if gradients else dict(unit_grads=[])
-            if gradients and unit["settings"] != first["settings"]:
-                raise InputError(f"{run}/grads were replaced meanwhile: run again")
-            grads = unit["unit_grads"]
+            grads = load_grads(run, name, calib, settings)["unit_grads"] if gradients else []
             grads = [pinned(x[wanted], device) for x in grads]
             here = [pinned(x, device) for x in inputs]
             yield Unit(name, here, grads, tuples["group"][wanted])

@@ -1,6 +1,7 @@
 """Phases 1 to 3 from the inside, against plain loops and plain autograd."""
 
 import shutil
+import weakref
 from functools import cache
 
 import numpy as np
@@ -17,7 +18,7 @@ from conftest import (
 
 import models_dit as m
 import quant_ops as q
-from common import fast_search, quant_file, trajectories
+from common import fast_search, quant_file, trajectories, unit_data
 from common import layer_data as d
 from common import phase3 as phase3_module
 from common.artifacts import load_artifact
@@ -264,6 +265,21 @@ def test_data_of_the_patch_embedding_are_those_of_its_patches(tiny_run):
     found, expected = torch.cat([c.grad for c in data]), grad.permute(0, 2, 3, 1).flatten(0, 2)
     others = torch.arange(width) != 1
     assert torch.equal(found[:, others], expected[:, others]) and (found[:, 1] > 0).all()
+
+
+def test_gradients_of_one_unit_at_a_time_are_held(tiny_run, monkeypatch):
+    """While a unit is at work nothing is left of what was read, the embedder's among it."""
+    calib, model = opened(tiny_run)
+    real, read = unit_data.load_grads, []
+
+    def load_grads(*args):
+        unit = real(*args)
+        read.extend(weakref.ref(x) for x in unit["unit_grads"])
+        return unit
+
+    monkeypatch.setattr(unit_data, "load_grads", load_grads)
+    for _ in load_units(tiny_run, list(units(model)), model, calib, None, 3, CPU):
+        assert read and not any(x() is not None for x in read)
 
 
 def test_units_skipped_are_passed_through(tiny_run):
