@@ -12,6 +12,7 @@ Algorithm 1 and its objective, Eq. (16), as in 03, and, each with a switch of it
                          gptq-scales: with the scales, for each row, that leave it least error
     --rank               in blocks, a branch in full precision makes up for rounding (2410.06040)
     --fit-last           the last layer fitted to what the quantized network before it gives
+    --tune-epochs        all together, weight scales and biases learn on the rows (2407.11062)
     --edge-bits          the first layer's weight, the last layer's weight and inputs have more bits
     --cond-bits          the weights of adaLN's and the embedders' linear layers are quantized too:
                          a scale for each output channel, searched, rounded to nearest
@@ -47,6 +48,7 @@ from methods.dynamic import channels_or_token  # noqa: E402
 from methods.last_layer import fitted  # noqa: E402
 from methods.plus_linear import ROUNDING, quantize_linear, to_fit  # noqa: E402
 from methods.static_scales import joined  # noqa: E402
+from methods.tuning import tune  # noqa: E402
 from models_dit import Diffusion, MatMul  # noqa: E402
 from quant_ops import LossOfA, LossOfB, softmax_candidates, uniform_candidates  # noqa: E402
 
@@ -69,6 +71,7 @@ class Settings(NamedTuple):
     hadamard: bool
     rank: int | None
     fit_last: bool
+    tune_epochs: int | None
     rows: int | None
     tag: str
 
@@ -93,6 +96,8 @@ def parse_args():
     p.ours.add_argument("--hadamard", action=flag, default=True, help="rotate input channels")
     p.ours.add_argument("--rank", type=number_or_none, help="of the branch")
     p.ours.add_argument("--fit-last", action=flag, default=True, help="fit the last layer")
+    epochs = "passes over the rows in which scales and biases learn; none: they stay"
+    p.ours.add_argument("--tune-epochs", type=number_or_none, default=20, help=epochs)
     p.ours.add_argument("--rows", type=whole_number, help="search on about so many, spread over t")
     p.ours.add_argument("--tag", default="plus", help="names the file quant_wXaY_TAG.pt")
     p.add_search_flags()
@@ -103,7 +108,7 @@ def check(args):
     optional = [flag for flag in ("edge_bits", "cond_bits") if getattr(args, flag) is not None]
     check_bits(args, "wbits", "abits", *optional)
     check_tag(args)
-    numbers = ["rounds", "rows", "weight_group", "rank"]
+    numbers = ["rounds", "rows", "weight_group", "rank", "tune_epochs"]
     at_least(1, args, *numbers, *["input_group"] * (args.input_group != "token"))
     check_unit_flags(args)
 
@@ -164,7 +169,7 @@ def main(args):
     for names in (before, [last]):  # the last needs all before it, if it is fitted to them
         for unit in phase3.units(names):
             phase3.save(unit, quantize_unit(phase3, unit, cfg, search_of_a_layer))
-    phase3.finish()
+    phase3.finish(partial(tune, phase3, cfg.tune_epochs) if cfg.tune_epochs else None)
 
 
 if __name__ == "__main__":

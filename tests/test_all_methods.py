@@ -41,6 +41,7 @@ SHORT = dict(
     ptqd=f"{TWO_PHASES} --trajectories 3",
     qdiffusion=TWO_PHASES,
     tcaqdm=f"{TWO_PHASES} --par-rounds 1",
+    tqdit_plus="--tune-epochs 2",
 )
 KINDS = dict(  # neither has the demo's width, heads, patch, channels; G does not divide T
     latents=dict(dit=dict(learn_sigma=False, mlp_ratio=2.0), steps=7, vae="mse", layers="own"),
@@ -187,7 +188,8 @@ def test_interrupted_between_two_units_it_resumes_to_the_same_bytes(
     assert run_in_process(*command(method, run, "latents")).returncode == 0
     path, _ = file_of(method, "latents")
     assert (run / path.name).read_bytes() == path.read_bytes()
-    assert len(written) == len(set(written)) and not leftovers(run)
+    once = [file for file in written if not file.endswith("tuning.pt")]  # that one grows better
+    assert len(once) == len(set(once)) and not leftovers(run)
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_linear_search_on_integers_equals_the_cpu_s(post_gelu, tgq_inputs):
         wbits=6, abits=6, metric="hessian", rounds=2, edge_bits=None, cond_bits=None,
         tgq_inputs=tgq_inputs, smoothquant=False, rounding="nearest", input_group=None,
         dynamic_products=False, weight_group=None, hadamard=False, rank=None, rows=None,
-        fit_last=False, tag="plus",
+        fit_last=False, tune_epochs=None, tag="plus",
     )  # fmt: skip
     found, one = [], torch.tensor(1.0)
     for device in (CPU, CUDA):

@@ -1,0 +1,168 @@
+"""methods/tuning.py: what learns, what stays, what it gains, and that a killed run resumes."""
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import (
+    leftovers,
+    load_script,
+    quant_file_of,
+    refused,
+    run_in_process,
+    same_leaves,
+)
+
+from common import quant_file
+from common.checkpoints import load_calib, load_calibrated
+from common.parts import Parts
+from common.quantizers import DynamicQuantizer
+from methods import tuning
+from models_dit import explicit_products
+from quant_ops import UniformQuantizer, qparams_from_range
+
+BITS = "--wbits 3 --abits 6 --rows 12".split()
+
+
+@pytest.fixture(scope="module")
+def linked(tiny_run, tmp_path_factory):
+    """linked(name): a new run with the tiny run's calibration rows and gradients."""
+
+    def linked(name):
+        folder = tmp_path_factory.mktemp(name)
+        for source in ("calib.pt", "grads"):
+            (folder / source).symlink_to(tiny_run / source)
+        return folder
+
+    return linked
+
+
+@pytest.fixture(scope="module")
+def files(linked):
+    """The files without and with learning, by epochs."""
+
+    def file(epochs):
+        flags = *BITS, "--tune-epochs", epochs, "--rank", "2"
+        return quant_file_of("methods/tqdit_plus", linked(f"epochs_{epochs}"), *flags)[0]
+
+    return {epochs: file(epochs) for epochs in ("none", "60")}
+
+
+def test_scales_and_biases_change_and_nothing_else(files):
+    """Codes, zero points, branches, products and what is in full precision stay."""
+    before, after = (file["layers"] for file in (files["none"], files["60"]))
+    assert before.keys() == after.keys()
+    for name, state in before.items():
+        new = after[name]
+        if state["type"] != "matmul":
+            assert not torch.equal(state["weight"]["scale"], new["weight"]["scale"]), name
+            assert not torch.equal(state["bias"], new["bias"]), name
+            new = new | dict(bias=state["bias"])
+            new["weight"] = new["weight"] | dict(scale=state["weight"]["scale"])
+        assert same_leaves(state, new), name
+    assert same_leaves(files["none"]["state"], files["60"]["state"])
+    assert any("low_rank" in state for state in before.values())
+
+
+def test_the_network_comes_nearer_to_full_precision(files, tiny_run):
+    """On the rows it learns from, as `output_error` counts."""
+    errors = {epochs: error_of(file, tiny_run) for epochs, file in files.items()}
+    assert errors["60"] < 0.8 * errors["none"]
+
+
+class Given:
+    """What `examples` asks of a Phase3."""
+
+    rows = 12
+
+    def __init__(self, run):
+        self.calib = load_calib(run)
+        self.model = explicit_products(load_calibrated(self.calib))
+        self.machine = load_script("methods/tqdit_plus").Machine(
+            device=torch.device("cpu"), batch_size=5, memory_limit=None, force=False
+        )
+
+
+@torch.no_grad()
+def error_of(file, run):
+    """`output_error` of a quant file over the calibration rows."""
+    quantized = quant_file.build_quantized(file, "a test")
+    return tuning.output_error(quantized, *tuning.examples(Given(run))).item()
+
+
+def test_examples_are_weighted_by_the_sampler_s_sensitivity(tiny_run):
+    """On average by 1, each row's outputs are those of full precision."""
+    given = Given(tiny_run)
+    x, told, y, out, sensitivity = tuning.examples(given)
+    assert len(x) == given.rows and sensitivity.mean().item() == pytest.approx(1)
+    assert len(sensitivity.unique()) > 1
+    with torch.no_grad():
+        torch.testing.assert_close(out, given.model(x, told, y))
+
+
+def test_before_it_learns_the_network_is_the_quantized_one(files, tiny_run):
+    """To the bit, and every scale and bias gets a gradient, from the first layer to the last."""
+    x, told, y, out, sensitivity = tuning.examples(Given(tiny_run))
+    plain, learns = (quant_file.build_quantized(files["none"], "a test") for _ in range(2))
+    tuned = tuning.learning(learns, files["none"]["layers"])
+    torch.testing.assert_close(learns(x, told, y), plain(x, told, y), rtol=0, atol=1e-6)
+    tuning.output_error(learns, x, told, y, out, sensitivity).backward()
+    for name, layer in tuned.items():
+        assert layer.factor.grad.abs().max() > 0 and layer.shift.grad.abs().max() > 0, name
+
+
+def test_the_gradient_is_that_of_the_weight_s_scale_and_the_bias():
+    """Of a layer in groups, by finite differences of what `learned` would write."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 6), torch.randn(5, 8)
+    view = (6, 2, 4)
+    low, high = layer.weight.detach().view(view).aminmax(dim=2, keepdim=True)
+    Q_W = UniformQuantizer(4, *qparams_from_range(low, high, 4))
+    W_hat = Q_W(layer.weight.detach().view(view)).view(6, 8)
+    state = quant_file.linear_state(layer, W_hat, Q_W, DynamicQuantizer(8, "token"), view=view)
+    tuned = tuning.TunedLinear(quant_file.make_layer(state), state)
+    with torch.no_grad():
+        tuned.factor += 0.1 * torch.randn_like(tuned.factor)
+        tuned.shift += torch.randn_like(tuned.shift)
+    written = quant_file.make_layer(tuned.learned(state))
+    torch.testing.assert_close(tuned(x), written(x))
+    rms = W_hat.square().sum(1).mean().sqrt()
+    torch.testing.assert_close(written.bias - layer.bias, rms * tuned.shift)
+
+
+def test_a_quantizer_passes_the_gradient_on():
+    """Its values are to the bit those of the quantizer alone."""
+    Q, x = DynamicQuantizer(3, "token"), torch.randn(4, 8, requires_grad=True)
+    out, weights = tuning.StraightThrough(Q)(x), torch.randn(4, 8)
+    assert torch.equal(out, Q(x.detach()))
+    (out * weights).sum().backward()
+    assert torch.equal(x.grad, weights)
+
+
+def test_killed_after_an_epoch_it_ends_with_the_same_bytes(linked, monkeypatch):
+    """And learns only what was left: in the second run two epochs of three."""
+    command = [*BITS, "--tune-epochs", "3"]
+    whole, run = linked("whole"), linked("killed")
+    quant_file_of("methods/tqdit_plus", whole, *command)
+    real, kept = Parts.save, []
+
+    def save(self, name, payload):
+        real(self, name, payload)
+        if name == tuning.PART:
+            kept.append(payload["epoch"])
+            if kept == [1]:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parts, "save", save)
+    log = run_in_process("methods/tqdit_plus", "--run", run, *command)
+    assert log.returncode == 130 and not (run / "quant_w3a6_plus.pt").exists()
+    quant_file_of("methods/tqdit_plus", run, *command)
+    assert kept == [1, 2, 3] and not leftovers(run)
+    files = [(folder / "quant_w3a6_plus.pt").read_bytes() for folder in (whole, run)]
+    assert files[0] == files[1]
+
+
+def test_no_epochs_are_refused(linked):
+    """0 is not `none`."""
+    command = [*BITS, "--tune-epochs", "0"]
+    log = run_in_process("methods/tqdit_plus", "--run", linked("zero"), *command)
+    refused(log, "--tune-epochs 0")
