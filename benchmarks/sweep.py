@@ -13,9 +13,10 @@ RUNGS = {  # Table III, in its order; "full" is the paper's method, without a ta
     "tensor": ["--weight-granularity", "tensor"],  # the authors' granularity, D5
 }
 NEAREST, SEARCHED = (["--rounding", how] for how in ("nearest", "gptq"))  # on searched scales
-UNFITTED = ["--no-fit-last", *SEARCHED]
+UNTUNED = ["--tune-epochs", "none"]
+UNFITTED = ["--no-fit-last", *UNTUNED, *SEARCHED]
 STATIC = "--input-group none --no-dynamic-products --weight-group none --no-hadamard".split()
-STATIC += ["--no-fit-last"]
+STATIC += ["--no-fit-last", *UNTUNED]
 LADDER = {  # what methods/tqdit_plus.py is made of: each rung adds one thing
     "edge": "--cond-bits none --no-tgq-inputs --no-smoothquant".split() + STATIC + NEAREST,
     "inputs": "--cond-bits none --no-smoothquant".split() + STATIC + NEAREST,
@@ -26,7 +27,8 @@ LADDER = {  # what methods/tqdit_plus.py is made of: each rung adds one thing
     "products": "--weight-group none --no-hadamard".split() + UNFITTED,
     "hadamard": "--weight-group none".split() + UNFITTED,
     "groups": UNFITTED,
-    "fitted": SEARCHED,
+    "fitted": UNTUNED + SEARCHED,
+    "rescaled": UNTUNED,
     "plus": [],
 }
 VARIANTS = {tag: (TQDIT, flags) for tag, flags in RUNGS.items()}
@@ -60,8 +62,10 @@ PAIRS = (
     Pair("A scale per output channel against one per tensor (D5)", (6, 6), "full", "tensor"),
     Pair("The last layer fitted to quantized inputs", (6, 6), "fitted", "groups"),
     Pair("The last layer fitted to quantized inputs", (4, 8), "fitted", "groups"),
-    Pair("Scales chosen by GPTQ's own error", (6, 6), "plus", "fitted"),
-    Pair("Scales chosen by GPTQ's own error", (4, 8), "plus", "fitted"),
+    Pair("Scales chosen by GPTQ's own error", (6, 6), "rescaled", "fitted"),
+    Pair("Scales chosen by GPTQ's own error", (4, 8), "rescaled", "fitted"),
+    Pair("Scales and biases learned together", (6, 6), "plus", "rescaled"),
+    Pair("Scales and biases learned together", (4, 8), "plus", "rescaled"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (8, 8), "plus", "full"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (6, 6), "plus", "full"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (4, 8), "plus", "full"),

@@ -1,27 +1,31 @@
 """Weight scales and biases of a quantized network, learned together; codes stay as they are.
 
 Phase 3 quantizes every layer on its own. What all of them lose together, a scale here and a bias
-there can make up for in part: they are trained through the whole network, as in the last phase of
-EfficientQAT (arXiv 2407.11062), for the least sum of s |out_q - out|^2 over the calibration rows.
-`out` is the output in full precision, s the sampler's sensitivity to an error of eps at the row's
-timestep. The gradient passes through the rounding of activations as if there were none.
+there can make up for in part: they are trained through the whole network, after the last phase of
+EfficientQAT (arXiv 2407.11062), which trains scales. The loss is the sum of s |out_q - out|^2 over
+the calibration rows: `out` is all that the network gives in full precision, eps and the variance,
+s the sampler's sensitivity to an error of eps at the row's timestep. The gradient passes through
+the rounding of activations as if there were none.
 """
 
 import math
 
 import torch
 import torch.nn as nn
+from torch import OutOfMemoryError
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from common.errors import InputError
 from common.offload import in_batches, offloaded
-from common.quant_file import QUANTIZERS, as_viewed, build_quantized, unpack_weight
-from common.unit_data import rows_to_search
+from common.quant_file import QUANTIZERS, as_viewed, build_quantized, on_host, unpack_weight
+from common.unit_data import first_inputs, rows_to_search
 from methods.reconstruction import set_children
 from models_dit import Diffusion
 
 LEARNING_RATE, BATCH_SIZE = 1e-3, 8  # Adam's, falling to 0 along a cosine; rows of a step
+LEAST = 0.01  # of what a scale was, so that it stays above 0 however long it learns
 PART = "tuning"  # what a killed run has kept of it
 
 # ------------------------------------------------------------------------------------------------
@@ -37,15 +41,17 @@ class StraightThrough(nn.Module):
 
     def forward(self, x, group=None):
         """What `Q` makes of x, to the bit."""
-        return self.Q(x, group).detach() + (x - x.detach())
+        with torch.no_grad():
+            on_grid = self.Q(x, group)
+        return on_grid + (x - x.detach())
 
 
 class TunedLinear(nn.Module):
     """A quantized linear layer, or convolution, whose weight scales and bias learn.
 
-    `factor` is what each scale is multiplied by; `shift` is added to the bias, in units of what an
-    output is for inputs of size 1: the root mean square of the lengths of the weight's rows. So one
-    learning rate does for layers of every kind and width.
+    `factor` is what each scale is multiplied by; `shift` is added to the bias, in units of the root
+    mean square length of the weight's rows: about what an output is where inputs are about 1. So
+    one learning rate does for layers of every kind and width.
     """
 
     def __init__(self, layer, state):
@@ -53,16 +59,19 @@ class TunedLinear(nn.Module):
         self.layer, self.view = layer, state["weight"].get("view")
         self.factor = nn.Parameter(torch.ones_like(state["weight"]["scale"]))
         self.shift = nn.Parameter(torch.zeros_like(layer.bias))
-        self.register_buffer("scaled", as_viewed(unpack_weight(state["weight"]), self.view))
-        branch = state.get("low_rank")
-        self.register_buffer("beside", branch["left"] @ branch["right"] if branch else None)
         unit = layer.weight.flatten(1).square().sum(dim=1).mean().sqrt()
         self.register_buffer("unit", unit)
+        branch = state.get("low_rank", {})
+        for name in ("left", "right"):
+            self.register_buffer(name, branch.get(name))
+        if branch:
+            layer.weight = unpack_weight(state["weight"])  # the scales are of this part alone
 
     def forward(self, x, group=None):
-        weight = (self.scaled * self.factor).view_as(self.layer.weight)
-        if self.beside is not None:
-            weight = weight + self.beside
+        weight = as_viewed(self.layer.weight, self.view) * self.factor
+        weight = weight.view_as(self.layer.weight)
+        if self.left is not None:
+            weight = weight + self.left @ self.right
         bias = self.layer.bias + self.unit * self.shift
         return functional_call(self.layer, dict(weight=weight, bias=bias), (x, group))
 
@@ -106,41 +115,47 @@ def learning(quantized, states):
 
 def tune(phase3, epochs, file):
     """Change the layers of a quant file, still to be written, to what so many passes over the
-    calibration rows teach. Each pass draws its batches from a seed of its own, and is kept, so that
-    a killed run ends as one that was not."""
-    device = phase3.machine.device
+    calibration rows teach; what the report says of a layer alone stays what it was before.
+    InputError if the device has no room for it."""
     quantized = build_quantized(file, "this run")
     tuned = learning(quantized, file["layers"])
-    quantized.to(device)
-    learner = Learner([p for layer in tuned.values() for p in (layer.factor, layer.shift)])
-    columns = [x.to(device) for x in examples(phase3)]
-    steps = range(0, len(columns[0]), BATCH_SIZE)
+    try:
+        quantized.to(phase3.machine.device)
+        learn(phase3, epochs, quantized, tuned.values())
+    except OutOfMemoryError as error:
+        raise InputError("too little GPU memory to learn in: --tune-epochs none") from error
+    for name, layer in tuned.items():
+        file["layers"][name] = layer.learned(file["layers"][name])
+
+
+def learn(phase3, epochs, quantized, tuned):
+    """Each pass draws its batches from a seed of its own, and is kept, so that a killed run ends as
+    one that was not."""
+    learner = Learner([layer.factor for layer in tuned], [layer.shift for layer in tuned])
+    columns = [x.to(phase3.machine.device) for x in examples(phase3)]
+    starts = range(0, len(columns[0]), BATCH_SIZE)
     first = learner.resume(phase3.parts)
     bar = tqdm(range(first, epochs), initial=first, total=epochs, desc="tune", unit="epoch")
     for epoch in bar:
         generator = torch.Generator().manual_seed(epoch)
-        order = torch.randperm(len(columns[0]), generator=generator).to(device)
-        for i, start in enumerate(steps):
-            progress = (epoch + i / len(steps)) / epochs
+        order = torch.randperm(len(columns[0]), generator=generator).to(columns[0].device)
+        for i, start in enumerate(starts):
+            progress = (epoch + i / len(starts)) / epochs
             batch = [x[order[start : start + BATCH_SIZE]] for x in columns]
             learner.step(output_error(quantized, *batch), progress)
         learner.keep(phase3.parts, epoch + 1)
-    for name, layer in tuned.items():
-        file["layers"][name] = layer.learned(file["layers"][name])
 
 
 def examples(phase3):
     """Of the calibration rows it searches on: x (N, C, H, W), timesteps (N,), labels (N,), outputs
     in full precision, and s (N,), on average 1."""
-    calib, device = phase3.calib, phase3.machine.device
-    rows = rows_to_search(calib, phase3.rows)
-    x, t, y = (calib["calibration"][key][rows] for key in ("x", "t", "y"))
-    diffusion = Diffusion(calib["settings"]["steps"])
-    inputs, sensitivity = [x, diffusion.timestep_map[t], y], diffusion.sensitivity()[t]
-    with torch.no_grad(), offloaded(phase3.model, device):
+    calib, machine = phase3.calib, phase3.machine
+    inputs = first_inputs(calib, rows_to_search(calib, phase3.rows))
+    with torch.no_grad(), offloaded(phase3.model, machine.device):
         out = in_batches(
-            lambda *batch: [phase3.model(*batch)], inputs, phase3.machine.batch_size, device
+            lambda *batch: [phase3.model(*batch)], inputs, machine.batch_size, machine.device
         )
+    sensitivity = Diffusion(calib["settings"]["steps"]).sensitivity()[phase3.timesteps()]
     return *inputs, *out, sensitivity / sensitivity.mean()
 
 
@@ -151,11 +166,11 @@ def output_error(quantized, x, t, y, out, sensitivity):
 
 
 class Learner:
-    """Adam on these parameters, its learning rate falling to 0 along a cosine."""
+    """Adam on the factors of scales, and on shifts, its learning rate falling along a cosine."""
 
-    def __init__(self, parameters):
-        self.parameters = parameters
-        self.adam = torch.optim.Adam(parameters, eps=1e-12)  # of many scales each has a small part
+    def __init__(self, factors, shifts):
+        self.factors, self.parameters = factors, [*factors, *shifts]
+        self.adam = torch.optim.Adam(self.parameters, eps=1e-12)  # gradients of many scales: small
 
     def step(self, loss, progress):
         """Descend, `progress` being the share of all steps that is done."""
@@ -163,11 +178,14 @@ class Learner:
         self.adam.zero_grad()
         loss.backward()
         self.adam.step()
+        for factor in self.factors:
+            factor.data.clamp_(min=LEAST)
 
     def keep(self, parts, epoch):
         """Keep what was learned by this epoch."""
-        learned = [p.detach().cpu() for p in self.parameters]
-        parts.save(PART, dict(epoch=epoch, learned=learned, adam=self.adam.state_dict()))
+        learned, adam = [p.detach().cpu() for p in self.parameters], self.adam.state_dict()
+        adam["state"] = {i: on_host(values) for i, values in adam["state"].items()}
+        parts.save(PART, dict(epoch=epoch, learned=learned, adam=adam))
 
     @torch.no_grad()
     def resume(self, parts):
