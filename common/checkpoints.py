@@ -7,6 +7,7 @@ import os
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 
 import torch
 from tqdm import tqdm
@@ -27,13 +28,13 @@ HEADS = {spec["hidden_size"]: spec["num_heads"] for spec in DiT_models.values()}
 
 def download(url, name, sha256_prefix=""):
     """Fetch a public file into the cache ($XDG_CACHE_HOME/tq-dit), resuming a partial download."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tq-dit"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tq-dit"
     target, partial = cache / name, cache / (name + ".part")
     if os.environ.get(MIRROR):
         url = f"{os.environ[MIRROR].rstrip('/')}/{name}"
-    if target.exists():
-        return target
     try:
+        if target.exists():
+            return target
         cache.mkdir(parents=True, exist_ok=True)
         with open(cache / (name + ".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait for it
@@ -51,7 +52,7 @@ def download(url, name, sha256_prefix=""):
 def _download_to(partial, url, name):
     have = partial.stat().st_size - 1 if partial.exists() else 0  # one byte again: never none
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have > 0 else {})
-    with urllib.request.urlopen(request, timeout=60) as reply:
+    with opened(request, partial) as reply:
         if reply.status != 206:  # the whole file is coming
             have = 0
         total = have + int(reply.headers.get("Content-Length", 0))
@@ -63,6 +64,16 @@ def _download_to(partial, url, name):
                 bar.update(len(chunk))
         if total and bar.n < total:
             raise OSError(f"connection closed after {bar.n} of {total} bytes")
+
+
+def opened(request, partial):
+    """The server's reply; a partial file longer than the whole one is of another, and goes."""
+    try:
+        return urllib.request.urlopen(request, timeout=60)
+    except HTTPError as error:
+        if error.code == 416:
+            partial.unlink()
+        raise
 
 
 def read_config(state, num_heads=None):
@@ -122,6 +133,8 @@ def load_dit(ckpt, num_heads=None, input_size=None):
 
 def find_checkpoint(ckpt, model, image_size):
     """The checkpoint's path: `ckpt` if one was named, else DiT-XL/2, downloaded once."""
+    if ckpt == "":
+        raise InputError("--ckpt names no file")
     if ckpt:
         return find_weights(ckpt, "transformer")
     if model not in (None, "DiT-XL/2"):

@@ -65,6 +65,8 @@ def check_about(found, names):
         need(name in names, f"it has no {told(name)}")
         sides = "ab" if name.endswith((".qk", ".av")) else ("weight", "input")
         check(entry, {side: quantizer for side in sides}, f"layers.{name}", {})
+        uniform = entry.get("weight", {}).get("type") in (None, "uniform")
+        need(uniform, f"layers.{name}.weight is not uniform")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -90,15 +92,16 @@ def delta_spec(side, about, tensors, shape):
 
 
 def layer_spec(entry, tensors, shape):
-    """Spec of the tensors of a layer whose weight has this shape, or of a product (None)."""
-    spec = {}
+    """Spec of the tensors of a layer whose weight has this shape, or of a product (None). The
+    convolution knows no time groups, and its inputs are as they come."""
+    spec, is_conv = {}, bool(shape) and len(shape) == 4
     for side, about in entry.items():
-        many = f"{shape[0]} 1" if side == "weight" else "groups"
+        many = f"{shape[0]} 1" if side == "weight" else "1" if is_conv else "groups"
         spec |= delta_spec(side, about, tensors, many)
     if shape:
         spec["weight"] = codes_spec(entry["weight"]["bits"], " ".join(map(str, shape)))
         spec["bias"] = TensorOf(FLOAT, str(shape[0]))
-    if shape and "input_smooth" in tensors:
+    if shape and not is_conv and "input_smooth" in tensors:
         spec["input_smooth"] = TensorOf(FLOAT, str(shape[1]), above=0)
     return spec
 

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli  # noqa: E402
-from common.artifacts import atomic_write, sha256_of  # noqa: E402
+from common.artifacts import atomic_write, check_place, load_hashed, sha256_of  # noqa: E402
 from common.diffusers_file import METADATA  # noqa: E402
 from common.export_layouts import check_known, compressed_layout, tqdit_layout  # noqa: E402
 from common.quant_file import load_quant  # noqa: E402
@@ -39,13 +39,13 @@ def parse_args():
     return p.parse_args()
 
 
-def write_tqdit(artifact, source, path):
+def write_tqdit(artifact, source, sha256, path):
     """Our layout, in one file."""
-    tensors, about = tqdit_layout(artifact, source, sha256_of(source))
+    tensors, about = tqdit_layout(artifact, source, sha256)
     save_safetensors(path, tensors, **{METADATA: json.dumps(about, sort_keys=True)})
 
 
-def write_compressed(artifact, source, path):
+def write_compressed(artifact, source, sha256, path):
     """That of compressed-tensors: config.json, and last the weights beside it."""
     tensors, config = compressed_layout(artifact, source)
     with atomic_write(path.parent / "config.json") as file:
@@ -61,11 +61,12 @@ def main(args):
     if args.layout == "compressed-tensors":
         folder = source.with_name(f"{source.stem}_compressed")
         path, write = folder / "diffusion_pytorch_model.safetensors", write_compressed
+    check_place(path)
     if path.exists() and not args.force:
         raise cli.InputError(f"{path} exists; --force replaces it")
-    artifact = load_quant(source)
+    artifact, sha256 = load_hashed(source, load_quant)
     check_known(artifact, source)
-    write(artifact, source, path)
+    write(artifact, source, sha256, path)
     print(f"wrote {path}, {path.stat().st_size / 2**20:.2f} MiB, sha256 {sha256_of(path)[:12]}")
 
 

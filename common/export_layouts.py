@@ -3,7 +3,7 @@
 import torch
 
 from common import diffusers_file as form
-from common.diffusers_names import cut, diffusers_config, layer_names, to_diffusers
+from common.diffusers_names import EMBEDDERS, cut, diffusers_config, layer_names, to_diffusers
 from common.errors import InputError
 from common.packing import unpack_codes
 from common.quant_file import unpack_weight
@@ -17,7 +17,10 @@ LAYERS["matmul"] = {"type", "a", "b"}
 
 
 def check_known(artifact, source):
-    """InputError if the file holds what the layouts have no place for; another method may."""
+    """InputError if the file holds what the layouts have no place for, as another method's may, or
+    is of a network that diffusers has not."""
+    if artifact["config"]["mlp_ratio"] != 4:
+        raise InputError(f"{source}: a DiT of diffusers has an MLP of 4 times its width")
     unknown = artifact.keys() - FILE
     for layer, state in artifact["layers"].items():
         if state.keys() - LAYERS.get(state["type"], set()) or not has_place(state):
@@ -166,6 +169,9 @@ def compressed_layout(artifact, source):
             state[f"{layer}.weight"] = unpack_weight(found["weight"])
             state[f"{layer}.bias"] = found["bias"]
     layers = quantized_layers(artifact | dict(layers=linear))
+    for theirs in EMBEDDERS.values():  # every block has a copy
+        if theirs.format(0) in layers:
+            layers |= {theirs.format(i): layers[theirs.format(0)] for i in range(config["depth"])}
     whole = to_diffusers(state, config["depth"])
     return whole | joined(layers), diffusers_config(config) | dict(
         _class_name="DiTTransformer2DModel",

@@ -99,7 +99,7 @@ def load_safetensors(path, what):
 def save_safetensors(path, tensors, **metadata):
     """Write such a file, the same bytes each time: the library would shuffle the metadata, and
     refuses tensors that share memory."""
-    tensors = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # so all are aligned
+    tensors = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # all aligned
     header, end = dict(__metadata__=metadata | dict(format="pt")), 0
     for name, x in tensors:
         start, end = end, end + x.nbytes

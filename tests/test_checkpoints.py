@@ -10,6 +10,7 @@ from conftest import LIVELY, lively_dit
 
 from common import checkpoints as c
 from common.errors import InputError
+from common.weight_files import load_weights
 
 
 @torch.no_grad()
@@ -103,3 +104,74 @@ def test_what_keeps_a_download_from_coming_is_told(key, value, tmp_path, monkeyp
     monkeypatch.setenv(key, value)
     with pytest.raises(InputError, match="cannot download"):
         c.download("http://localhost/weights", "weights.pt")
+
+
+class Whole(http.server.BaseHTTPRequestHandler):
+    """Sends all of it whatever part was asked for, or, under /end, says that there is no more."""
+
+    def do_GET(self):
+        self.send_response(416 if self.path == "/end" else 200)
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.wfile.write(b"x" * 100)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    """Its address."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), Whole)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_download_begins_again_where_a_part_is_of_no_use(server, tmp_path, monkeypatch):
+    """The server sends the whole; another file came; the part is longer than the whole."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    part = tmp_path / "tq-dit" / "w.pt.part"
+    part.parent.mkdir()
+    for address, prefix, fault in (("w", "00", "wrong sha256"), ("end", "", "run again")):
+        part.write_bytes(b"y" * 40)
+        with pytest.raises(InputError, match=fault):
+            c.download(f"{server}/{address}", "w.pt", sha256_prefix=prefix)
+        assert not part.exists()
+    part.write_bytes(b"y" * 40)
+    assert c.download(f"{server}/w", "w.pt").read_bytes() == b"x" * 100
+
+
+def test_a_cache_that_cannot_be_is_told(monkeypatch):
+    """Its name is too long for the system."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/" + "x" * 300)
+    with pytest.raises(InputError, match="too long"):
+        c.download("http://127.0.0.1:1/w", "w.pt")
+
+
+def test_dit_of_the_image_size_is_downloaded(monkeypatch):
+    """Of XL/2 alone there are weights; a --ckpt without a name is no reason to fetch them."""
+    monkeypatch.setattr(c, "download", lambda url, name: f"{url} {name}")
+    for size in (256, 512):
+        name = f"DiT-XL-2-{size}x{size}.pt"
+        assert c.find_checkpoint(None, None, size).endswith(f"/{name} {name}")
+    with pytest.raises(InputError, match="DiT-S/2 has no public weights"):
+        c.find_checkpoint(None, "DiT-S/2", 256)
+    with pytest.raises(InputError, match="--ckpt names no file"):
+        c.find_checkpoint("", None, 256)
+
+
+def test_a_folder_s_weights_are_taken_in_this_order(tmp_path):
+    """transformer/ first, safetensors before .bin, full precision before half."""
+    endings = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
+    names = [f"{x}diffusion_pytorch_model{end}" for x in ("transformer/", "") for end in endings]
+    (tmp_path / "transformer").mkdir()
+    for name in reversed(names):
+        (tmp_path / name).touch()
+        assert c.find_checkpoint(tmp_path, None, 256) == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("wrapper", ["ema", "state_dict"])
+def test_weights_are_unwrapped(tmp_path, wrapper):
+    torch.save({wrapper: {"a": torch.ones(2)}, "step": 1}, tmp_path / "a.ckpt")
+    assert load_weights(tmp_path / "a.ckpt", "weights").keys() == {"a"}

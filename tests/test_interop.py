@@ -491,6 +491,82 @@ def test_export_refuses_what_it_cannot_hold(tmp_path, run_here, handmade_folder)
 # Out: into a pipeline
 
 
+def test_export_says_which_file_and_which_bits(safetensors, handmade_folder, tmp_path):
+    """What came from where, no two of them alike."""
+    file = torch.load(handmade_folder / "quant_w8a8.pt", weights_only=True)
+    file["inputs"] = dict(checkpoint="1" * 64, calib="2" * 64, grads="3" * 64)
+    file["settings"]["abits"] = 6
+    torch.save(file, tmp_path / "quant_w8a6.pt")
+    path = exported(tmp_path, "--wbits 8 --abits 6")
+    about = json.loads(weight_files.load_safetensors(path, "")[1]["tqdit"])
+    assert (about["wbits"], about["abits"], about["checkpoint_sha256"]) == (8, 6, "1" * 64)
+    assert about["quant_sha256"] == sha256_of(tmp_path / "quant_w8a6.pt")
+
+
+GROUPED = dict(view=[96, 2, 12], scale=torch.ones(96, 2, 1))
+GROUPED |= dict(zero_point=GROUPED["scale"].to(torch.uint8))
+NO_PLACE = {
+    "dynamic": (
+        "blocks.0.attn.qk",
+        "a",
+        dict(type="dynamic", bits=8, per="token", group_size=None),
+    ),
+    "biases": ("blocks.0.mlp.fc2", "bias", torch.zeros(3, 24)),
+    "shift": ("blocks.0.mlp.fc2", "shift", torch.zeros(96)),
+    "hadamard": ("blocks.0.mlp.fc2", "hadamard", 32),
+    "view": ("blocks.0.mlp.fc1", "weight", GROUPED),
+}
+
+
+@pytest.mark.parametrize("layer, key, value", NO_PLACE.values(), ids=NO_PLACE)
+def test_export_refuses_layers_that_the_format_has_no_place_for(
+    handmade_folder, tmp_path, run_here, layer, key, value
+):
+    """One line that names the layer, nothing written."""
+    file = torch.load(handmade_folder / "quant_w8a8.pt", weights_only=True)
+    state = file["layers"][layer]
+    state[key] = state[key] | value if key == "weight" else value
+    torch.save(file, tmp_path / "quant_w8a8.pt")
+    before = snapshot(tmp_path)
+    result = run_here("common/export", "--run", tmp_path, *"--wbits 8 --abits 8".split())
+    refused(result, f"there is no layout yet for {layer} of method handmade")
+    assert snapshot(tmp_path) == before
+
+
+def test_export_refuses_a_network_that_diffusers_has_not(tmp_path, run_here):
+    """Its MLP is always four times as wide; and a run that no system can name."""
+    config = config_of(mlp_ratio=2.0)
+    handmade_run(tmp_path, lively_dit(mlp_ratio=2.0), config)
+    flags = "--wbits 8 --abits 8".split()
+    refused(run_here("common/export", "--run", tmp_path, *flags), "4 times its width")
+    refused(run_here("common/export", "--run", tmp_path / ("x" * 300), *flags), "too long")
+
+
+def test_a_parameter_too_many_is_refused(tmp_path):
+    """Which none of a DiT's official ones is."""
+    state = to_diffusers(lively_dit().state_dict(), 2)
+    state["transformer_blocks.0.attn1.norm_q.weight"] = torch.ones(8)
+    torch.save(state, tmp_path / "a.bin")
+    with pytest.raises(InputError, match="norm_q.weight is no parameter of a DiT"):
+        load_dit(tmp_path / "a.bin", num_heads=3, input_size=8)
+
+
+def test_a_loaded_pipeline_has_the_official_constants(diffusers, safetensors, handmade_folder):
+    """Both, in every block, and nothing asks for gradients."""
+    pipe, _ = loaded(diffusers, handmade_folder, "w8a8")
+    for block in pipe.transformer.transformer_blocks:
+        assert block.norm3.eps == 1e-6 and block.norm1.emb.time_proj.downscale_freq_shift == 0
+    assert not any(x.requires_grad for x in pipe.transformer.parameters())
+
+
+def test_a_file_of_something_else_does_not_go_into_a_pipeline(diffusers, safetensors, tmp_path):
+    """It has no metadata of ours."""
+    path = tmp_path / "a.safetensors"
+    weight_files.save_safetensors(path, dict(x=torch.zeros(2)))
+    with pytest.raises(InputError, match="common/export.py has not made it"):
+        load_into(pipeline_of(diffusers, config_of()), path)
+
+
 def pipeline_of(diffusers, config, scheduler=None):
     """A DiTPipeline with random weights, whose VAE does nothing."""
     transformer = diffusers.DiTTransformer2DModel(**diffusers_config(config)).eval()
@@ -715,6 +791,79 @@ def test_compressed_tensors_loads_plain_w8a8(diffusers, safetensors, plus_run, r
 
 # ------------------------------------------------------------------------------------------------
 # docs/interop.md
+
+
+COMPRESSED = "--layout compressed-tensors --force"
+
+
+def compressed(run, name):
+    """The tensors and config.json of such a folder."""
+    folder = run / f"quant_{name}_compressed"
+    tensors = weight_files.load_safetensors(folder / "diffusion_pytorch_model.safetensors", "")[0]
+    return tensors, json.loads((folder / "config.json").read_text())
+
+
+def test_compressed_folder_says_what_the_quant_file_holds(safetensors, plus_run, run_here):
+    """Bits, which way round; codes, scales and biases of q, k and v; the rounded convolution."""
+    flags = "--wbits 6 --abits 8 --tag base".split()
+    log = run_here("03_quantize", "--run", plus_run, "--no-mrq", "--no-tgq", *flags)
+    assert log.returncode == 0, log.stderr
+    exported(plus_run, " ".join([*flags, COMPRESSED]))
+    tensors, config = compressed(plus_run, "w6a8_base")
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    how = dict(type="int", symmetric=False, dynamic=False)
+    assert group["weights"] == how | dict(num_bits=6, strategy="channel")
+    assert group["input_activations"] == how | dict(num_bits=8, strategy="tensor")
+    assert config["norm_eps"] == 1e-6 and len(group["targets"]) == 2 * 6 + 1
+    layers = quant_file.load_quant(plus_run / "quant_w6a8_base.pt")["layers"]
+    conv, qkv = layers["x_embedder.proj"], layers["blocks.1.attn.qkv"]
+    whole = quant_file.unpack_weight(conv["weight"])
+    assert torch.equal(tensors["pos_embed.proj.weight"], whole)
+    assert torch.equal(tensors["pos_embed.proj.bias"], conv["bias"])
+    for i, part in enumerate("qkv"):
+        name = f"transformer_blocks.1.attn1.to_{part}."
+        found = {k.removeprefix(name): x for k, x in tensors.items() if k.startswith(name)}
+        codes = found["weight"].float() - found["weight_zero_point"].float()
+        whole = quant_file.unpack_weight(qkv["weight"]).chunk(3)[i]
+        assert torch.equal(found["weight_scale"] * codes, whole)
+        assert torch.equal(found["bias"], qkv["bias"].chunk(3)[i])
+        assert found["input_scale"].item() == qkv["act"]["scale"].item()
+        assert found["input_zero_point"].item() == qkv["act"]["zero_point"].item() - 128
+
+
+def test_compressed_folder_is_whole_where_embedders_are_quantized(
+    diffusers, safetensors, plus_run, run_here
+):
+    """Every block has its copy."""
+    flags = "--wbits 8 --abits 8 --tag all".split()
+    paper = "--no-mrq --no-tgq --layers all".split()
+    log = run_here("03_quantize", "--run", plus_run, *paper, *flags)
+    assert log.returncode == 0, log.stderr
+    exported(plus_run, " ".join([*flags, COMPRESSED]))
+    tensors, config = compressed(plus_run, "w8a8_all")
+    targets = config.pop("quantization_config")["config_groups"]["group_0"]["targets"]
+    network = diffusers.DiTTransformer2DModel.from_config(config)
+    assert network.state_dict().keys() <= tensors.keys()
+    assert sum("timestep_embedder" in name for name in targets) == 2 * len(
+        network.transformer_blocks
+    )
+
+
+def test_compressed_layout_refuses_layers_of_other_bits(safetensors, plus_run, tmp_path, run_here):
+    """Or with a scale for each time group; the layer is named."""
+    file = torch.load(plus_run / "quant_w6a6.pt", weights_only=True)
+    static = dict(type="uniform", bits=6, scale=torch.tensor(0.1), zero_point=torch.tensor(3.0))
+    for layer in file["layers"].values():
+        if layer["type"] == "linear":
+            layer["act"] = static
+    command = f"--run {tmp_path} --wbits 6 --abits 6 {COMPRESSED}".split()
+    torch.save(file, tmp_path / "quant_w6a6.pt")
+    assert run_here("common/export", *command).returncode == 0
+    by_group = dict(scale=torch.full((3,), 0.1), zero_point=torch.full((3,), 3.0))
+    for change in (dict(bits=7), by_group):
+        file["layers"]["blocks.1.mlp.fc1"]["act"] = static | change
+        torch.save(file, tmp_path / "quant_w6a6.pt")
+        refused(run_here("common/export", *command), "blocks.1.mlp.fc1 needs one static scale")
 
 
 def as_the_docs_say(kind, x, k, delta):

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common import vae
+from common.errors import InputError
 from common.images import to_uint8
 from common.vae import VAE_SCALE, PixelAttention, ResnetBlock, VAEDecoder, convert_vae
 
@@ -108,3 +110,19 @@ def test_latents_are_divided_by_their_scale_before_they_are_decoded():
     images = to_uint8(VAE_SCALE * z, lambda x: seen.append(x) or x)
     torch.testing.assert_close(torch.cat(seen), z)
     assert torch.equal(images, to_uint8(torch.cat(seen), None))
+
+
+def test_the_autoencoder_that_was_asked_for_is_downloaded(monkeypatch):
+    """Each from its own address, under a name of its own."""
+    asked = []
+    monkeypatch.setattr(vae, "download", lambda *how: asked.append(how) or "none.bin")
+    for kind in ("mse", "ema"):
+        with pytest.raises(InputError, match="no such file"):
+            vae.load_vae(kind)
+        assert f"sd-vae-ft-{kind}/" in asked[-1][0] and asked[-1][1] == f"sd-vae-ft-{kind}.bin"
+
+
+def test_pixels_need_no_autoencoder(tmp_path):
+    assert vae.local_vae("none", None) == {} == vae.local_vae("mse", None)
+    with pytest.raises(InputError, match="samples are pixels"):
+        vae.local_vae("none", tmp_path)
