@@ -1,8 +1,7 @@
 """The picture that the paper lacks, where HO, MRQ and TGQ act; and the canvas of all pictures.
 
 The error is Eq. (16), a layer's squared output error weighted by the squared gradient of Eq. (11)
-and summed over the calibration rows, as 03_quantize.py reports it; that of TQ-DiT plus is from
-before its layers learn together. figures.py is the script.
+and summed over the calibration rows, as 03_quantize.py reports it. figures.py is the script.
 """
 
 import numpy as np

@@ -187,7 +187,7 @@ def pairs_section(sweep, scores, found):
     columns = ["models", "ratio of weighted errors", "PSNR, dB", "gain, dB", "SNR of eps, dB"]
     text = ["### Two models that differ in one thing\n"]
     text += ["Gain: of the first over the second, image by image, validation row by row."]
-    text += ["Errors are of layers on their own, before those of plus learn together.\n"]
+    text += ["Errors are of layers on their own, before those of tuned learn together.\n"]
     for question, lines in questions.items():
         text += [f"{question}:\n", table([*columns, "gain, dB"], lines)]
     return text, values

@@ -13,10 +13,9 @@ RUNGS = {  # Table III, in its order; "full" is the paper's method, without a ta
     "tensor": ["--weight-granularity", "tensor"],  # the authors' granularity, D5
 }
 NEAREST, SEARCHED = (["--rounding", how] for how in ("nearest", "gptq"))  # on searched scales
-UNTUNED = ["--tune-epochs", "none"]
-UNFITTED = ["--no-fit-last", *UNTUNED, *SEARCHED]
+UNFITTED = ["--no-fit-last", *SEARCHED]
 STATIC = "--input-group none --no-dynamic-products --weight-group none --no-hadamard".split()
-STATIC += ["--no-fit-last", *UNTUNED]
+STATIC += ["--no-fit-last"]
 LADDER = {  # what methods/tqdit_plus.py is made of: each rung adds one thing
     "edge": "--cond-bits none --no-tgq-inputs --no-smoothquant".split() + STATIC + NEAREST,
     "inputs": "--cond-bits none --no-smoothquant".split() + STATIC + NEAREST,
@@ -27,8 +26,7 @@ LADDER = {  # what methods/tqdit_plus.py is made of: each rung adds one thing
     "products": "--weight-group none --no-hadamard".split() + UNFITTED,
     "hadamard": "--weight-group none".split() + UNFITTED,
     "groups": UNFITTED,
-    "fitted": UNTUNED + SEARCHED,
-    "rescaled": UNTUNED,
+    "fitted": SEARCHED,
     "plus": [],
 }
 VARIANTS = {tag: (TQDIT, flags) for tag, flags in RUNGS.items()}
@@ -39,6 +37,7 @@ VARIANTS |= {
     "mse": (TQDIT, ["--metric", "mse"]),
     "r1": (TQDIT, ["--rounds", "1"]),
     "plus_mse": (PLUS, ["--metric", "mse"]),
+    "tuned": (PLUS, ["--tune-epochs", "20"]),
     "static_r3": (PLUS, [*STATIC, *SEARCHED, "--rounds", "3"]),
 }
 
@@ -62,10 +61,10 @@ PAIRS = (
     Pair("A scale per output channel against one per tensor (D5)", (6, 6), "full", "tensor"),
     Pair("The last layer fitted to quantized inputs", (6, 6), "fitted", "groups"),
     Pair("The last layer fitted to quantized inputs", (4, 8), "fitted", "groups"),
-    Pair("Scales chosen by GPTQ's own error", (6, 6), "rescaled", "fitted"),
-    Pair("Scales chosen by GPTQ's own error", (4, 8), "rescaled", "fitted"),
-    Pair("Scales and biases learned together", (6, 6), "plus", "rescaled"),
-    Pair("Scales and biases learned together", (4, 8), "plus", "rescaled"),
+    Pair("Scales chosen by GPTQ's own error", (6, 6), "plus", "fitted"),
+    Pair("Scales chosen by GPTQ's own error", (4, 8), "plus", "fitted"),
+    Pair("Scales and biases learned together", (6, 6), "tuned", "plus"),
+    Pair("Scales and biases learned together", (4, 8), "tuned", "plus"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (8, 8), "plus", "full"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (6, 6), "plus", "full"),
     Pair("methods/tqdit_plus.py against 03_quantize.py", (4, 8), "plus", "full"),

@@ -12,7 +12,7 @@ Algorithm 1 and its objective, Eq. (16), as in 03, and, each with a switch of it
                          gptq-scales: with the scales, for each row, that leave it least error
     --rank               in blocks, a branch in full precision makes up for rounding (2410.06040)
     --fit-last           the last layer fitted to what the quantized network before it gives
-    --tune-epochs        all together, weight scales and biases learn on the rows (2407.11062)
+    --tune-epochs        weight scales and biases of all layers learn together (2407.11062)
     --edge-bits          the first layer's weight, the last layer's weight and inputs have more bits
     --cond-bits          the weights of adaLN's and the embedders' linear layers are quantized too:
                          a scale for each output channel, searched, rounded to nearest
@@ -96,8 +96,8 @@ def parse_args():
     p.ours.add_argument("--hadamard", action=flag, default=True, help="rotate input channels")
     p.ours.add_argument("--rank", type=number_or_none, help="of the branch")
     p.ours.add_argument("--fit-last", action=flag, default=True, help="fit the last layer")
-    epochs = "passes over the rows in which scales and biases learn; none: they stay"
-    p.ours.add_argument("--tune-epochs", type=number_or_none, default=20, help=epochs)
+    epochs = "passes over the rows that scales and biases learn in; at W4A8 20 pay"
+    p.ours.add_argument("--tune-epochs", type=number_or_none, help=epochs)
     p.ours.add_argument("--rows", type=whole_number, help="search on about so many, spread over t")
     p.ours.add_argument("--tag", default="plus", help="names the file quant_wXaY_TAG.pt")
     p.add_search_flags()

@@ -123,7 +123,7 @@ def tune(phase3, epochs, file):
         quantized.to(phase3.machine.device)
         learn(phase3, epochs, quantized, tuned.values())
     except OutOfMemoryError as error:
-        raise InputError("too little GPU memory to learn in: --tune-epochs none") from error
+        raise InputError("too little GPU memory for --tune-epochs: leave it out") from error
     for name, layer in tuned.items():
         file["layers"][name] = layer.learned(file["layers"][name])
 

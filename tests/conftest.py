@@ -136,7 +136,7 @@ def lively_dit(**changes):
 # methods/tqdit_plus.py with nothing taken at run time, as the paper has it
 STATIC = [
     *"--input-group none --no-dynamic-products --weight-group none --no-hadamard".split(),
-    *"--no-fit-last --tune-epochs none".split(),
+    "--no-fit-last",
 ]
 
 
