@@ -12,7 +12,6 @@ import math
 
 import torch
 import torch.nn as nn
-from torch import OutOfMemoryError
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -122,7 +121,7 @@ def tune(phase3, epochs, file):
     try:
         quantized.to(phase3.machine.device)
         learn(phase3, epochs, quantized, tuned.values())
-    except OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:
         raise InputError("too little GPU memory for --tune-epochs: leave it out") from error
     for name, layer in tuned.items():
         file["layers"][name] = layer.learned(file["layers"][name])
@@ -170,7 +169,7 @@ class Learner:
 
     def __init__(self, factors, shifts):
         self.factors, self.parameters = factors, [*factors, *shifts]
-        self.adam = torch.optim.Adam(self.parameters, eps=1e-12)  # gradients of many scales: small
+        self.adam = torch.optim.Adam(self.parameters, eps=1e-12)  # of many, each gradient is small
 
     def step(self, loss, progress):
         """Descend, `progress` being the share of all steps that is done."""
