@@ -159,7 +159,7 @@ class Phase3:
         """Rank 0 joins all parts, reports, and writes the quant file; `edit` changes what it is
         to hold, its entries `state`, `layers` and so on, in place."""
         self.group.wait()
-        self.quantized = self.stream = self.unit = None  # memory that writing may need
+        self.quantized = self.stream = None  # memory that writing may need
         if self.group.rank == 0:
             done = {}
             for unit in units(self.model):
