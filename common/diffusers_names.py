@@ -61,6 +61,14 @@ def layer_names(depth):
     return names
 
 
+def copies_of(name, depth):
+    """The layers of all blocks that are the one of this name; it is in block 0, or the only one."""
+    for copy in EMBEDDERS.values():
+        if name == copy.format(0):
+            return [copy.format(i) for i in range(depth)]
+    return [name]
+
+
 def parameter_names(depth):
     """The same of every parameter but `pos_embed`."""
     products = {ours.format(i) for ours in PRODUCTS for i in range(depth)}

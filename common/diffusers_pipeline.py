@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from common.checks import Fault, TensorOf, check, need, told
 from common.diffusers_file import FLOAT, METADATA, check_about, layer_spec, make_layer
-from common.diffusers_names import EMBEDDERS, layer_names
+from common.diffusers_names import copies_of, layer_names
 from common.errors import InputError, reading
 from common.weight_files import load_safetensors, read_json
 from models_dit import TRAIN_TIMESTEPS, DiT, MatMul
@@ -95,7 +95,7 @@ def load_into(pipe, path):
     own, blocks = of_layers(tensors), transformer.transformer_blocks
     layers = {name: make_layer(entry, own.pop(name)) for name, entry in about["layers"].items()}
     for layer, parameters in own.items():
-        for name in copies(layer, len(blocks)):
+        for name in copies_of(layer, len(blocks)):
             for key, x in parameters.items():
                 transformer.get_submodule(name).get_parameter(key).data = x
     swap_layers(transformer, layers, TimeGroup(about["first_timesteps"]))
@@ -115,20 +115,12 @@ def of_layers(tensors):
     return found
 
 
-def copies(name, depth):
-    """The layers of all blocks that are the one of this name; it is in block 0, or the only one."""
-    for copy in EMBEDDERS.values():
-        if name == copy.format(0):
-            return [copy.format(i) for i in range(depth)]
-    return [name]
-
-
 def check_fit(about, tensors, transformer):
     """Fault unless the file's metadata and tensors are those of this transformer, as it is before
     it is quantized."""
     depth, config = len(transformer.transformer_blocks), dict(transformer.config)
     stored = {theirs for names in layer_names(depth).values() for theirs in names}
-    stored -= {other for name in stored for other in copies(name, depth)[1:]}
+    stored -= {other for name in stored for other in copies_of(name, depth)[1:]}
     check_about(about, stored)
     need({"num_attention_heads", "sample_size"} <= about["config"].keys(), "config lacks its heads")
     config["out_channels"] = transformer.out_channels
@@ -160,7 +152,7 @@ def swap_layers(transformer, layers, time_group):
             attention, _, child = name.rpartition(".")
             products.setdefault(attention, {})[child] = layer
         else:
-            for copy in copies(name, len(blocks)):
+            for copy in copies_of(name, len(blocks)):
                 parent, _, child = copy.rpartition(".")
                 setattr(transformer.get_submodule(parent), child, InGroup(layer, time_group))
     for attention, pair in products.items():

@@ -45,7 +45,7 @@ def write_tqdit(artifact, source, sha256, path):
     save_safetensors(path, tensors, **{METADATA: json.dumps(about, sort_keys=True)})
 
 
-def write_compressed(artifact, source, sha256, path):
+def write_compressed(artifact, source, path):
     """That of compressed-tensors: config.json, and last the weights beside it."""
     tensors, config = compressed_layout(artifact, source)
     with atomic_write(path.parent / "config.json") as file:
@@ -57,16 +57,19 @@ def main(args):
     cli.check_bits(args, "wbits", "abits")
     cli.check_tag(args)
     source = args.run / f"quant_{cli.model_name(args)}.pt"
-    path, write = source.with_suffix(".safetensors"), write_tqdit
-    if args.layout == "compressed-tensors":
+    path, compressed = source.with_suffix(".safetensors"), args.layout == "compressed-tensors"
+    if compressed:
         folder = source.with_name(f"{source.stem}_compressed")
-        path, write = folder / "diffusion_pytorch_model.safetensors", write_compressed
+        path = folder / "diffusion_pytorch_model.safetensors"
     check_place(path)
     if path.exists() and not args.force:
         raise cli.InputError(f"{path} exists; --force replaces it")
     artifact, sha256 = load_hashed(source, load_quant)
     check_known(artifact, source)
-    write(artifact, source, sha256, path)
+    if compressed:
+        write_compressed(artifact, source, path)
+    else:
+        write_tqdit(artifact, source, sha256, path)
     print(f"wrote {path}, {path.stat().st_size / 2**20:.2f} MiB, sha256 {sha256_of(path)[:12]}")
 
 

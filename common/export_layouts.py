@@ -3,7 +3,7 @@
 import torch
 
 from common import diffusers_file as form
-from common.diffusers_names import EMBEDDERS, cut, diffusers_config, layer_names, to_diffusers
+from common.diffusers_names import copies_of, cut, diffusers_config, layer_names, to_diffusers
 from common.errors import InputError
 from common.packing import unpack_codes
 from common.quant_file import unpack_weight
@@ -168,11 +168,9 @@ def compressed_layout(artifact, source):
         if found["type"] == "conv":
             state[f"{layer}.weight"] = unpack_weight(found["weight"])
             state[f"{layer}.bias"] = found["bias"]
-    layers = quantized_layers(artifact | dict(layers=linear))
-    for theirs in EMBEDDERS.values():  # every block has a copy
-        if theirs.format(0) in layers:
-            layers |= {theirs.format(i): layers[theirs.format(0)] for i in range(config["depth"])}
-    whole = to_diffusers(state, config["depth"])
+    own, depth = quantized_layers(artifact | dict(layers=linear)), config["depth"]
+    layers = {copy: layer for name, layer in own.items() for copy in copies_of(name, depth)}
+    whole = to_diffusers(state, depth)
     return whole | joined(layers), diffusers_config(config) | dict(
         _class_name="DiTTransformer2DModel",
         norm_eps=form.OFFICIAL["norm_eps"],

@@ -20,7 +20,7 @@ from common.parts import Parts
 from common.quant_file import build_quantized, make_layer, quantized_parts, swap_layer
 from common.report import print_peak, print_report, signal_to_noise
 from common.unit_data import first_inputs, load_grads, load_units, rows_to_search
-from models_dit import LAYERS, LayerSpec, explicit_products
+from models_dit import LAYERS, Diffusion, LayerSpec, explicit_products
 
 SAMPLING = ("steps", "groups", "cfg_scale", "cfg_channels", "vae")  # what 04 needs to know of 01
 
@@ -115,6 +115,10 @@ class Phase3:
     def timesteps(self):
         """Sampling indices t in 0..T-1 of the calibration rows it searches on, (N,)."""
         return self.calib["calibration"]["t"][rows_to_search(self.calib, self.rows)]
+
+    def sensitivity(self):
+        """How much an error of eps at each of these rows moves the sample, (N,)."""
+        return Diffusion(self.calib["settings"]["steps"]).sensitivity()[self.timesteps()]
 
     def quantized_inputs(self, make=make_layer):
         """The present unit's inputs as the units before it, all quantized by now, make them; a list

@@ -49,7 +49,7 @@ from methods.last_layer import fitted  # noqa: E402
 from methods.plus_linear import ROUNDING, quantize_linear, to_fit  # noqa: E402
 from methods.static_scales import joined  # noqa: E402
 from methods.tuning import tune  # noqa: E402
-from models_dit import Diffusion, MatMul  # noqa: E402
+from models_dit import MatMul  # noqa: E402
 from quant_ops import LossOfA, LossOfB, softmax_candidates, uniform_candidates  # noqa: E402
 
 
@@ -150,10 +150,8 @@ def quantize_unit(phase3, unit, cfg, search):
 
 def fit_last(phase3, layer, data):
     """The last layer, fitted, and its data on quantized inputs."""
-    t = phase3.timesteps()
-    sensitivity = Diffusion(phase3.calib["settings"]["steps"]).sensitivity()
     given = phase3.data(layer, phase3.quantized_inputs())
-    module, data = fitted(layer.module, data, given, sensitivity[t])
+    module, data = fitted(layer.module, data, given, phase3.sensitivity())
     return layer._replace(module=module), data
 
 

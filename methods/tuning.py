@@ -21,7 +21,6 @@ from common.offload import in_batches, offloaded
 from common.quant_file import QUANTIZERS, as_viewed, build_quantized, on_host, unpack_weight
 from common.unit_data import first_inputs, rows_to_search
 from methods.reconstruction import set_children
-from models_dit import Diffusion
 
 LEARNING_RATE, BATCH_SIZE = 1e-3, 8  # Adam's, falling to 0 along a cosine; rows of a step
 LEAST = 0.01  # of what a scale was, so that it stays above 0 however long it learns
@@ -148,13 +147,13 @@ def learn(phase3, epochs, quantized, tuned):
 def examples(phase3):
     """Of the calibration rows it searches on: x (N, C, H, W), timesteps (N,), labels (N,), outputs
     in full precision, and s (N,), on average 1."""
-    calib, machine = phase3.calib, phase3.machine
-    inputs = first_inputs(calib, rows_to_search(calib, phase3.rows))
+    machine, wanted = phase3.machine, rows_to_search(phase3.calib, phase3.rows)
+    inputs = first_inputs(phase3.calib, wanted)
     with torch.no_grad(), offloaded(phase3.model, machine.device):
         out = in_batches(
             lambda *batch: [phase3.model(*batch)], inputs, machine.batch_size, machine.device
         )
-    sensitivity = Diffusion(calib["settings"]["steps"]).sensitivity()[phase3.timesteps()]
+    sensitivity = phase3.sensitivity()
     return *inputs, *out, sensitivity / sensitivity.mean()
 
 

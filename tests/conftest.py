@@ -233,6 +233,14 @@ def quant_file_of(script, run, *flags):
     return load_quant(re.search(r"wrote (\S+\.pt)", result.stdout)[1]), result.stdout
 
 
+def linked(run, folder):
+    """A new run with these calibration rows and gradients."""
+    folder.mkdir()
+    for name in ("calib.pt", "grads"):
+        (folder / name).symlink_to(run / name)
+    return folder
+
+
 @pytest.fixture
 def run(tiny_run, tmp_path):
     """A run with a calib.pt alone, for methods without gradients; some files have their own."""

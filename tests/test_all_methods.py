@@ -16,6 +16,7 @@ from conftest import (
     LIVELY,
     ROOT,
     leftovers,
+    linked,
     load_script,
     needs_fake_cuda,
     refused,
@@ -91,14 +92,6 @@ def run_of(tmp_path_factory):
         return folder
 
     return run_of
-
-
-def linked(run, folder):
-    """A new run with these calibration rows and gradients."""
-    folder.mkdir()
-    for name in ("calib.pt", "grads"):
-        (folder / name).symlink_to(run / name)
-    return folder
 
 
 def command(method, run, kind, bits="--wbits 8 --abits 8"):

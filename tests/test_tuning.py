@@ -6,6 +6,7 @@ import torch.nn as nn
 from conftest import (
     STATIC,
     leftovers,
+    linked,
     quant_file_of,
     refused,
     run_in_process,
@@ -26,25 +27,18 @@ BITS = "--wbits 3 --abits 6 --rows 12".split()
 
 
 @pytest.fixture(scope="module")
-def linked(tiny_run, tmp_path_factory):
-    """linked(name): a new run with the tiny run's calibration rows and gradients."""
-
-    def linked(name):
-        folder = tmp_path_factory.mktemp(name)
-        for source in ("calib.pt", "grads"):
-            (folder / source).symlink_to(tiny_run / source)
-        return folder
-
-    return linked
+def run_like(tiny_run, tmp_path_factory):
+    """run_like(name): a new run with the tiny run's calibration rows and gradients."""
+    return lambda name: linked(tiny_run, tmp_path_factory.mktemp(name) / "run")
 
 
 @pytest.fixture(scope="module", params=[["--rank", "2"], [*STATIC, "--cond-bits", "none"]])
-def files(linked, request):
+def files(run_like, request):
     """The files without and with learning, by epochs: dynamic scales and a branch; time groups."""
 
     def file(epochs):
         flags = *BITS, *request.param, "--tune-epochs", epochs
-        return quant_file_of("methods/tqdit_plus", linked(f"epochs_{epochs}"), *flags)[0]
+        return quant_file_of("methods/tqdit_plus", run_like(f"epochs_{epochs}"), *flags)[0]
 
     return {epochs: file(epochs) for epochs in ("none", "60")}
 
@@ -80,7 +74,7 @@ class Given:
         self.model = explicit_products(load_calibrated(self.calib))
         self.machine = Machine(torch.device("cpu"), batch_size=5, memory_limit=None, force=False)
 
-    timesteps = Phase3.timesteps
+    timesteps, sensitivity = Phase3.timesteps, Phase3.sensitivity
 
 
 @torch.no_grad()
@@ -164,10 +158,10 @@ def test_a_quantizer_passes_the_gradient_on():
     assert torch.equal(x.grad, weights)
 
 
-def test_killed_after_an_epoch_it_ends_with_the_same_bytes(linked, monkeypatch):
+def test_killed_after_an_epoch_it_ends_with_the_same_bytes(run_like, monkeypatch):
     """And learns only what was left: in the second run two epochs of three."""
     command = [*BITS, "--tune-epochs", "3"]
-    whole, run = linked("whole"), linked("killed")
+    whole, run = run_like("whole"), run_like("killed")
     quant_file_of("methods/tqdit_plus", whole, *command)
     real, kept = Parts.save, []
 
@@ -196,21 +190,21 @@ def test_scales_stay_above_zero_however_long_they_learn():
     assert (factor == tuning.LEAST).all()
 
 
-def test_too_little_gpu_memory_is_told_in_one_line(linked, monkeypatch):
+def test_too_little_gpu_memory_is_told_in_one_line(run_like, monkeypatch):
     """Naming the flag; what was finished before is kept."""
 
     def step(*_):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(tuning.Learner, "step", step)
-    run = linked("small")
+    run = run_like("small")
     command = [*BITS, "--tune-epochs", "1"]
     refused(run_in_process("methods/tqdit_plus", "--run", run, *command), "leave it out")
     assert len([*run.glob(".quant_w3a6_plus.pt.*/block_*.pt")]) == 2
 
 
-def test_no_epochs_are_refused(linked):
+def test_no_epochs_are_refused(run_like):
     """0 is not `none`."""
     command = [*BITS, "--tune-epochs", "0"]
-    log = run_in_process("methods/tqdit_plus", "--run", linked("zero"), *command)
+    log = run_in_process("methods/tqdit_plus", "--run", run_like("zero"), *command)
     refused(log, "--tune-epochs 0")
